@@ -1,0 +1,46 @@
+"""Bring whatever a caller embeds into one shape: a list of items."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+
+def as_list(items: Any) -> list[Any]:
+    """Return `items` as a list; one item by itself becomes a list of one.
+
+    Parameters
+    ----------
+    items : str, bytes, list, tuple, pyarrow, numpy, pandas or polars column, or one item
+        Text or anything else. A numpy array is taken by its first axis. Missing values become
+        None.
+
+    Examples
+    --------
+    >>> as_list("one"), as_list(("a", "b")), as_list(np.array(["x", "y"]))
+    (['one'], ['a', 'b'], ['x', 'y'])
+    """
+    if isinstance(items, list):
+        return items
+    if items is None or isinstance(items, str | bytes | bytearray | memoryview | Mapping):
+        return [items]
+    if isinstance(items, pa.Scalar):
+        return [items.as_py()]
+    if isinstance(items, pa.Array | pa.ChunkedArray):
+        return list(items.to_pylist())
+    if isinstance(items, np.ndarray):
+        if items.ndim == 0:
+            return [items.item()]
+        return items.tolist() if items.ndim == 1 else list(items)
+    if hasattr(items, "isna") and hasattr(items, "tolist"):  # pandas: NaN is its null
+        missing = items.isna().tolist()
+        return [None if gone else item for item, gone in zip(items.tolist(), missing, strict=True)]
+    if hasattr(items, "to_list"):  # polars
+        return list(items.to_list())
+    # a PIL image is no iterable, and a tensor by itself is one item
+    if isinstance(items, Iterable) and not hasattr(items, "__array_interface__"):
+        return list(items)
+    return [items]

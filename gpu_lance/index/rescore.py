@@ -1,0 +1,193 @@
+"""The exact distances that decide the order, and how far an engine's scores may be from them.
+
+Engines compute in float32 and in any order of summation, so their scores only choose candidates.
+The distance of a candidate is computed in float64 from the float32 vectors that are held, summed
+in one fixed order of elementary operations, so that every device gives the same bits. It is then
+rounded to float32, and rows are ordered by (distance, row id).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gpu_lance.index.store import TILE_BYTES, Store
+from gpu_lance.optional import require
+from gpu_lance.types import Metric
+
+if TYPE_CHECKING:
+    import torch
+
+OVERFLOW = 1e38  # a sum of squared norms below this cannot overflow a float32 score
+NO_ROW = np.iinfo(np.int64).max
+
+
+def tree_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum over the last axis by halving, in place: the same additions on every device.
+
+    Parameters
+    ----------
+    values : torch.Tensor
+        (..., d), float64. Overwritten.
+
+    Returns
+    -------
+    torch.Tensor
+        (...)
+
+    Examples
+    --------
+    >>> import torch
+    >>> tree_sum(torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)).tolist()
+    [6.0]
+    """
+    width = values.shape[-1]
+    while width > 1:
+        half = (width + 1) // 2
+        values[..., : width - half] += values[..., half:width]
+        width = half
+    return values[..., 0]
+
+
+def wide(vectors: torch.Tensor) -> torch.Tensor:
+    """A float64 copy, on the vectors' device if it has float64, else on the CPU."""
+    return (vectors.cpu() if vectors.device.type == "mps" else vectors).double()
+
+
+def norms(vectors: torch.Tensor) -> torch.Tensor:
+    """Euclidean norms of (n, d) vectors, float64 (n,), as :func:`wide` places them."""
+    values = wide(vectors)
+    return tree_sum(values.mul_(values)).sqrt()
+
+
+def normalised(vectors: torch.Tensor) -> torch.Tensor:
+    """Unit vectors in float32 on the vectors' device, rounded from float64.
+
+    A zero vector stays zero.
+    """
+    out = vectors.clone()
+    # pieces that a CPU's cache holds; a GPU would rather have few launches
+    piece = TILE_BYTES if vectors.device.type == "cuda" else 1 << 20
+    step = max(1, piece // (8 * vectors.shape[1]))
+    for start in range(0, len(vectors), step):
+        values = wide(vectors[start : start + step])
+        length = tree_sum(values * values).sqrt().clamp_(min=1e-300)
+        out[start : start + step] = values.div_(length[:, None])
+    return out
+
+
+def exact_distances(
+    metric: Metric,
+    queries: torch.Tensor,
+    store: Store,
+    query_index: torch.Tensor,
+    slots: torch.Tensor,
+) -> np.ndarray:
+    """The distance of each pair (query, slot), float64 rounded to float32, on the host.
+
+    Parameters
+    ----------
+    metric : Metric
+    queries : torch.Tensor
+        (m, d), float32, as the user gave them.
+    store : Store
+        Holds the vectors.
+    query_index, slots : torch.Tensor
+        (p,), int64, on the store's device. A slot of -1 gives +inf.
+
+    Returns
+    -------
+    numpy.ndarray
+        (p,), float32. Under cosine a zero query has no distance and gives NaN.
+    """
+    exact = wide(queries)
+    lengths = norms(queries) if metric is Metric.COSINE else None
+    step = max(1, TILE_BYTES // (16 * queries.shape[1]))
+    out = np.empty(len(slots), np.float32)
+    for start in range(0, len(slots), step):
+        some, of = slots[start : start + step], query_index[start : start + step].to(exact.device)
+        x = wide(store.gather(some.clamp(min=0)))
+        if metric is Metric.L2:
+            x.sub_(exact[of])
+            found = tree_sum(x.mul_(x))
+        elif lengths is None:
+            found = 1 - tree_sum(x.mul_(exact[of]))
+        else:  # the held unit vectors are rounded, so their own norm is divided out
+            squares = tree_sum(x * x)
+            found = 1 - tree_sum(x.mul_(exact[of])) / (lengths[of] * squares.sqrt())
+        found.masked_fill_(some.to(exact.device) < 0, math.inf)
+        out[start : start + step] = found.float().cpu().numpy()
+    return out
+
+
+def rank(row_ids: np.ndarray, distances: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first k of each line by (distance, row id), padded with (NO_ROW, +inf).
+
+    Parameters
+    ----------
+    row_ids, distances : numpy.ndarray
+        (m, c) int64 and float32. ``NO_ROW`` marks a place without a row.
+
+    Examples
+    --------
+    >>> ids, d = rank(np.array([[5, 2, 9]]), np.array([[1.0, 1.0, 0.5]], np.float32), 2)
+    >>> ids.tolist(), d.tolist()
+    ([[9, 2]], [[0.5, 1.0]])
+    """
+    order = np.lexsort((row_ids, distances, row_ids == NO_ROW), axis=-1)[:, :k]
+    ids = np.take_along_axis(row_ids, order, axis=1)
+    nearest = np.take_along_axis(distances, order, axis=1)
+    missing = k - ids.shape[1]
+    if missing > 0:
+        ids = np.pad(ids, ((0, 0), (0, missing)), constant_values=NO_ROW)
+        nearest = np.pad(nearest, ((0, 0), (0, missing)), constant_values=np.float32(np.inf))
+    return ids, nearest
+
+
+def unit_roundoff(device: torch.device, *, faiss: bool) -> float:
+    """The relative error of one product in an engine, the whole dot product aside.
+
+    It is float32's, unless the process allows matrix products in lower precision.
+    """
+    torch = require("torch", extra="cpu|cuda13|cuda12")
+    if device.type == "cuda" and os.environ.get("NVIDIA_TF32_OVERRIDE") == "1":
+        return 2.0**-10
+    if not faiss:
+        try:
+            exact = torch.get_float32_matmul_precision() == "highest"
+        except RuntimeError:  # both of torch's interfaces to it were used
+            exact = False
+        if not exact or device.type == "mps":
+            return 2.0**-7  # bfloat16 products
+    return 2.0**-24
+
+
+def error_bound(
+    metric: Metric,
+    ndims: int,
+    unit: float,
+    query_norms: torch.Tensor | np.ndarray,
+    row_norms: torch.Tensor | np.ndarray | float,
+) -> torch.Tensor | np.ndarray:
+    """How far an engine's score can be from the exact distance, for these norms.
+
+    A dot product of d terms in any order of summation errs by at most d·u·|q||x| (Higham,
+    Accuracy and Stability of Numerical Algorithms, 3.5). l2 is |q|² + |x|² - 2 q·x, each part
+    with that bound, and 2|q||x| <= |q|² + |x|². The 8 covers the few operations around it, the
+    factor 1.02 the terms of second order, and the last term numbers below float32's normal range.
+
+    Examples
+    --------
+    >>> round(float(error_bound(Metric.DOT, 384, 2.0**-24, np.float64(1), 1.0)), 6)
+    2.4e-05
+    """
+    if metric is Metric.L2:
+        scale = 2 * (ndims + 8) * (query_norms * query_norms + row_norms * row_norms)
+    elif metric is Metric.DOT:
+        scale = (ndims + 8) * query_norms * row_norms + 8
+    else:  # unit vectors
+        scale = (ndims + 16) + 0 * query_norms
+    return 1.02 * unit * scale + ndims * 2.4e-38

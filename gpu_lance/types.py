@@ -1,0 +1,120 @@
+"""Small checked types that the layers share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gpu_lance.errors import QueryError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Metric(StrEnum):
+    """How the distance of two vectors is measured; a smaller distance is nearer.
+
+    ``l2`` is the *squared* Euclidean distance, ``cosine`` is 1 - cos(a, b), ``dot`` is 1 - a·b.
+    These are the values that LanceDB returns.
+    """
+
+    L2 = "l2"
+    COSINE = "cosine"
+    DOT = "dot"
+
+    @classmethod
+    def parse(cls, value: str | Metric) -> Metric:
+        """Return the metric of that name, in any case; ``euclidean`` and ``ip`` are aliases.
+
+        Raises
+        ------
+        QueryError
+            For another name.
+
+        Examples
+        --------
+        >>> Metric.parse("Cosine") is Metric.COSINE
+        True
+        """
+        name = str(value).lower()
+        name = {"euclidean": "l2", "ip": "dot", "inner_product": "dot"}.get(name, name)
+        try:
+            return cls(name)
+        except ValueError:
+            raise QueryError(
+                f"Unknown distance type {value!r}; it is one of 'l2', 'cosine', 'dot'."
+            ) from None
+
+
+class Modality(StrEnum):
+    """What kind of thing an item is."""
+
+    TEXT = "text"
+    IMAGE = "image"
+    AUDIO = "audio"
+    VIDEO = "video"
+
+
+class Side(StrEnum):
+    """Which side of the search an item is embedded for."""
+
+    SOURCE = "source"
+    QUERY = "query"
+
+
+class OnBadVectors(StrEnum):
+    """What happens to a row whose vector cannot be used."""
+
+    ERROR = "error"
+    DROP = "drop"
+    FILL = "fill"
+    NULL = "null"
+
+    @classmethod
+    def parse(cls, value: str | OnBadVectors) -> OnBadVectors:
+        """Return the member of that name.
+
+        Examples
+        --------
+        >>> OnBadVectors.parse("drop").value
+        'drop'
+        """
+        try:
+            return cls(str(value))
+        except ValueError:
+            names = ", ".join(repr(str(member)) for member in cls)
+            raise ValueError(
+                f"on_bad_vectors is {value!r}; it must be one of {names}."
+            ) from None
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Vectors of a list of items, in the items' order, on the device that made them.
+
+    Parameters
+    ----------
+    vectors : torch.Tensor
+        (n, d), float32 or float16. A row whose item could not be embedded holds zeros.
+    valid : numpy.ndarray
+        (n,), bool, on the host: False where the item was null or bad.
+    errors : dict of int to str
+        The reason for each bad item, by its position. A null item is not an error.
+    """
+
+    vectors: torch.Tensor
+    valid: np.ndarray
+    errors: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.vectors.ndim != 2 or self.valid.shape != (self.vectors.shape[0],):
+            raise ValueError(
+                f"Embeddings wants vectors (n, d) and valid (n,), got "
+                f"{tuple(self.vectors.shape)} and {self.valid.shape}."
+            )
+
+    def __len__(self) -> int:
+        return int(self.vectors.shape[0])
