@@ -113,3 +113,15 @@ class RefusedURLError(GpuLanceError, ValueError):
 
 class UnsupportedDataError(GpuLanceError, TypeError):
     """Data, or one row of it, of a kind that has no columns."""
+
+
+class UnknownColumnError(QueryError, RuntimeError):
+    """A search names a column that the table does not have."""
+
+
+class QueryTypeError(QueryError, TypeError):
+    """A query of a type that can be neither a vector nor embedded."""
+
+
+class QueryTimeoutError(GpuLanceError, TimeoutError, RuntimeError):
+    """A search took longer than its `timeout`."""

@@ -50,7 +50,7 @@ def host_array(value: Any) -> np.ndarray:
     """
     if not isinstance(value, np.ndarray):
         return to_host(as_tensor(value))
-    if value.dtype.name == "bfloat16":
+    if value.dtype.kind == "V" and value.dtype.name == "bfloat16":
         return value.astype(np.float32)
     if not value.dtype.isnative:
         return value.astype(value.dtype.newbyteorder("="))
@@ -114,9 +114,12 @@ def stack_arrays(values: Sequence[Any]) -> pa.Array | None:
     [[1.0, 2.0], None]
     """
     present = [value for value in values if value is not None]
-    if not present or not all(is_array(value) for value in present):
+    if not present or not is_array(present[0]):
         return None
-    ndim = present[0].ndim
+    kind, ndim = type(present[0]), present[0].ndim
+    # thousands of rows are looked at, and nearly always of the first one's type
+    if any(type(value) is not kind and not is_array(value) for value in present):
+        return None
     tails = {tuple(value.shape[1:]) for value in present}
     if ndim not in (1, 2) or any(value.ndim != ndim for value in present) or len(tails) > 1:
         return None
@@ -132,7 +135,7 @@ def stack_arrays(values: Sequence[Any]) -> pa.Array | None:
 def _join(arrays: list[Any]) -> Any:
     """The arrays one after the other along the first axis, on their device if they share one."""
     if all(isinstance(array, np.ndarray) for array in arrays):
-        return np.concatenate([host_array(array) for array in arrays])
+        return np.concatenate(arrays)
     tensors = [as_tensor(array) for array in arrays]
     first = tensors[0]
     if all(tensor.device == first.device and tensor.dtype == first.dtype for tensor in tensors):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,12 +45,12 @@ def infer_schema(first: pa.RecordBatch, known: pa.Schema | None = None) -> pa.Sc
     return pa.schema(fields, metadata=metadata or None)
 
 
-def infer_types(columns: dict[str, Sequence[Any]], head: int) -> pa.Schema:
+def infer_types(columns: Mapping[str, Sequence[Any]], head: int) -> pa.Schema:
     """Types that hold for whole columns of Python values, where the first rows may mislead.
 
     Parameters
     ----------
-    columns : dict of str to sequence
+    columns : mapping of str to sequence
         All values of each column.
     head : int
         The rows of the first batch.

@@ -82,7 +82,7 @@ def read(data: Any, schema: pa.Schema | None = None, *, max_rows: int = MAX_ROWS
     if max_rows < 1:
         raise ValueError(f"max_rows must be at least 1, got {max_rows}.")
     opened = open_data(data, schema, max_rows)
-    batches = (batch for batch in opened.batches if batch.num_rows)
+    batches: Iterator[pa.RecordBatch] = (part for part in opened.batches if part.num_rows)
     first = next(batches, None)
     declared = schema if schema is not None else opened.schema
     if first is None:

@@ -26,7 +26,7 @@ def is_row(value: Any) -> bool:
     >>> is_row({"text": "a"}), is_row("a")
     (True, False)
     """
-    return isinstance(value, Mapping) or is_model(value)
+    return isinstance(value, dict | Mapping) or is_model(value)  # dict first: it is quick
 
 
 def is_model(value: Any) -> bool:
@@ -42,6 +42,8 @@ def row_values(row: Any, position: int) -> Mapping[str, Any]:
     UnsupportedDataError
         If it is no row; the message says which one.
     """
+    if isinstance(row, dict):
+        return row
     if is_model(row):
         row = row.model_dump()
     if not isinstance(row, Mapping):

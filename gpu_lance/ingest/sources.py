@@ -138,7 +138,7 @@ def _item_batches(
     done = 0
     for item in items:
         for part in item if isinstance(item, list | tuple) else (item,):
-            if is_row(part) and not _is_splits(part):
+            if type(part) is dict or (is_row(part) and not _is_splits(part)):
                 rows.append(part)
                 if len(rows) == max_rows:
                     yield rows_to_batch(rows, schema, done, names)

@@ -255,7 +255,7 @@ def _unusable(values: pa.Array) -> np.ndarray | None:
         return ~valid_rows(values) if values.null_count else None
     numbers = flat(values)
     if numbers.dtype == np.float16:  # numpy's isfinite takes seven times as long as this
-        return (numbers.view(np.uint16) & 0x7C00) == 0x7C00
+        return np.asarray((numbers.view(np.uint16) & 0x7C00) == 0x7C00)
     return np.asarray(~np.isfinite(numbers))
 
 
@@ -266,11 +266,11 @@ def _count(flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return np.asarray(before[offsets[1:]] - before[offsets[:-1]])
 
 
-def _checked_fill(fill_value: float, dtype: np.dtype, column: str) -> np.generic:
+def _checked_fill(fill_value: float, dtype: np.dtype, column: str) -> np.ndarray:
     try:
         with np.errstate(over="ignore"):
-            value = np.asarray(fill_value, dtype=np.float64).astype(dtype)[()]
-        if np.isfinite(float(value)):
+            value = np.asarray(fill_value, dtype=np.float64).astype(dtype)
+        if value.ndim == 0 and np.isfinite(value):
             return value
     except (TypeError, ValueError):
         pass

@@ -1,0 +1,232 @@
+"""What a query may be, told apart once: vectors, or items to embed."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from gpu_lance.device import as_tensor
+from gpu_lance.errors import BadInputError, QueryError, QueryTypeError
+from gpu_lance.optional import require
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Queries:
+    """One query or several, vectors or items.
+
+    Parameters
+    ----------
+    vectors : numpy.ndarray or device array or None
+        (m, d) numbers, where they were given as vectors.
+    items : list or None
+        m texts, images or other things to embed.
+    batch : bool
+        Whether results name the query that they answer: for a list of items, and for two or more
+        vectors, as LanceDB does.
+    """
+
+    vectors: Any = None
+    items: list[Any] | None = None
+    batch: bool = False
+
+    def __len__(self) -> int:
+        return len(self.items) if self.items is not None else int(self.vectors.shape[0])
+
+    @property
+    def ndims(self) -> int | None:
+        """The length of the vectors; None for items."""
+        return None if self.vectors is None else int(self.vectors.shape[1])
+
+    def kind(self) -> str:
+        """In words what the queries are, e.g. ``"2 vectors"``."""
+        if self.items is None:
+            word = "vector"
+        elif all(isinstance(item, str) for item in self.items):
+            word = "text"
+        else:
+            word = "item"
+        return f"{len(self)} {word}{'s' if len(self) != 1 else ''}"
+
+    def tensor(self, device: torch.device) -> torch.Tensor:
+        """The vectors as float32 (m, d) on `device`.
+
+        Raises
+        ------
+        QueryError
+            If a value is NaN or infinite, also if only in float32.
+        """
+        torch = require("torch", extra="cpu|cuda13|cuda12")
+        tensor = as_tensor(self.vectors).to(torch.float32)
+        check_finite(tensor)
+        return tensor.to(device, non_blocking=True)
+
+
+def check_finite(vectors: torch.Tensor) -> None:
+    """Raise if a value of the query vectors (m, d) is not finite, naming the first.
+
+    Raises
+    ------
+    QueryError
+    """
+    bad = ~vectors.isfinite()
+    if bool(bad.any()):
+        query, position = (int(i) for i in bad.nonzero()[0])
+        value = float(vectors[query, position])
+        raise QueryError(
+            f"Query {query} holds {value} at position {position}; no distance to it is a number."
+        )
+
+
+def parse_queries(query: Any) -> Queries:
+    """Tell what a query is.
+
+    Parameters
+    ----------
+    query : object
+        A str, bytes, image or other item; a vector as a list, tuple, numpy, torch, cupy, DLPack
+        or Arrow array; several vectors as a list of those or a 2-d array; a list of items.
+
+    Returns
+    -------
+    Queries
+
+    Raises
+    ------
+    QueryError
+        If it is empty, if the vectors differ in length, or if their values are no numbers.
+    BadInputError
+        If a text holds a lone surrogate.
+
+    Examples
+    --------
+    >>> parse_queries([1, 2, 3]).vectors.shape, parse_queries(["a", "b"]).items
+    ((1, 3), ['a', 'b'])
+    """
+    if isinstance(query, (str, bytes)):
+        return _items([query], batch=False)
+    if isinstance(query, pa.Scalar):
+        return parse_queries(getattr(query, "values", None) or query.as_py())
+    if isinstance(query, (pa.Array, pa.ChunkedArray)):
+        query = query.to_pylist() if _nested(query) else query.to_numpy(zero_copy_only=False)
+    elif _is_series(query):
+        query = query.to_numpy()
+    if isinstance(query, np.ndarray) and query.dtype.kind in "OUS":
+        query = query.tolist()
+    if isinstance(query, (list, tuple)):
+        return _from_list(list(query))
+    if isinstance(query, np.ndarray) or hasattr(query, "__dlpack__"):
+        return _from_array(query)
+    if isinstance(query, numbers.Number) or isinstance(query, (dict, set)):
+        raise QueryTypeError(
+            f"A {type(query).__name__} is no query; pass a vector, a text, or a list of either."
+        )
+    return _items([query], batch=False)
+
+
+def _from_array(array: Any) -> Queries:
+    if array.ndim == 1:
+        return _vectors(array.reshape(1, -1))
+    if array.ndim == 2:
+        return _vectors(array)
+    if array.ndim == 0:
+        raise QueryTypeError("A single number is no query; pass a vector or a text.")
+    return _items([array], batch=False)  # decoded media
+
+
+def _from_list(values: list[Any]) -> Queries:
+    if not values:
+        raise QueryError("The query is empty; pass at least one vector or text.")
+    first = values[0]
+    if isinstance(first, numbers.Number):
+        return _vectors(_numbers(values)[None, :])
+    if isinstance(first, (list, tuple, pa.Array)) or _is_vector(first):
+        rows = [_row(value, position) for position, value in enumerate(values)]
+        for position, row in enumerate(rows):
+            if row.shape != rows[0].shape:
+                raise QueryError(
+                    f"Query {position} has {len(row)} values and query 0 has {len(rows[0])}; all "
+                    "queries of a batch must have the same length."
+                )
+        if isinstance(rows[0], np.ndarray):
+            return _vectors(np.stack(rows))
+        torch = require("torch", extra="cpu|cuda13|cuda12")
+        return _vectors(torch.stack([as_tensor(row) for row in rows]))
+    return _items(values, batch=True)
+
+
+def _row(value: Any, position: int) -> Any:
+    if isinstance(value, (list, tuple)):
+        value = _numbers(list(value))
+    elif isinstance(value, pa.Array):
+        value = value.to_numpy(zero_copy_only=False)
+    if not _is_vector(value):
+        raise QueryError(
+            f"Query {position} is a {type(value).__name__}, and query 0 is a vector; a batch holds "
+            "one kind."
+        )
+    return value
+
+
+def _numbers(values: list[Any]) -> np.ndarray:
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise QueryError(f"A query vector holds something that is no number: {error}") from error
+    if array.ndim != 1:
+        raise QueryError(
+            f"A query has {array.ndim} axes more than a vector: a list of lists is a batch, and "
+            "nothing is nested deeper."
+        )
+    with np.errstate(over="ignore"):  # beyond float32 is infinite, which is refused later
+        return array.astype(np.float32)
+
+
+def _vectors(array: Any) -> Queries:
+    if isinstance(array, np.ndarray):
+        if array.dtype.kind not in "fiu":
+            raise QueryError(f"A query vector must hold real numbers, got {array.dtype}.")
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)  # a copy: the caller may go on to change theirs
+    elif "complex" in str(array.dtype) or "bool" in str(array.dtype):
+        raise QueryError(f"A query vector must hold real numbers, got {array.dtype}.")
+    rows, ndims = (int(n) for n in array.shape)
+    if not rows or not ndims:
+        raise QueryError(f"The query is empty: its shape is ({rows}, {ndims}).")
+    return Queries(vectors=array, batch=rows > 1)
+
+
+def _items(items: Sequence[Any], batch: bool) -> Queries:
+    for position, item in enumerate(items):
+        if not isinstance(item, str):
+            continue
+        try:
+            item.encode()
+        except UnicodeEncodeError as error:
+            raise BadInputError(
+                f"Query {position} has a lone surrogate at character {error.start}, which is no "
+                "text."
+            ) from error
+    return Queries(items=list(items), batch=batch)
+
+
+def _is_vector(value: Any) -> bool:
+    array = isinstance(value, np.ndarray) or hasattr(value, "__dlpack__")
+    return array and getattr(value, "ndim", 0) == 1
+
+
+def _nested(array: pa.Array | pa.ChunkedArray) -> bool:
+    kind = array.type
+    return not (pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
+def _is_series(value: Any) -> bool:
+    module = type(value).__module__.partition(".")[0]
+    return module in ("pandas", "polars") and type(value).__name__ == "Series"
