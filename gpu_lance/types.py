@@ -92,6 +92,28 @@ class OnBadVectors(StrEnum):
 
 
 @dataclass(frozen=True)
+class AddResult:
+    """What :meth:`Table.add` did: the version that it made."""
+
+    version: int
+
+
+@dataclass(frozen=True)
+class DeleteResult:
+    """What :meth:`Table.delete` did: the version that it made."""
+
+    version: int
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What :meth:`Table.update` did: how many rows changed, and the version that it made."""
+
+    rows_updated: int
+    version: int
+
+
+@dataclass(frozen=True)
 class Embeddings:
     """Vectors of a list of items, in the items' order, on the device that made them.
 

@@ -1,0 +1,134 @@
+"""Which tables there are in a place: a local folder, an object store, or memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gpu_lance.errors import BadInputError, TableNotFoundError
+from gpu_lance.storage import first_line
+
+SUFFIX = ".lance"
+SIDECARS = ".gpu_lance"
+
+
+def checked_name(name: Any) -> str:
+    """The name of a table, if it is one.
+
+    Raises
+    ------
+    BadInputError
+        A ValueError, unless it consists of letters, digits, ``_``, ``-`` and ``.``.
+
+    Examples
+    --------
+    >>> checked_name("my-table")
+    'my-table'
+    """
+    if isinstance(name, str) and name and all(c.isalnum() or c in "_-." for c in name):
+        if name.strip("."):
+            return name
+    raise BadInputError(
+        f"{name!r} is no name for a table; use letters, digits, '_', '-' and '.', beginning with "
+        "one of the first two." if isinstance(name, str) else f"A table's name is a str, got {name!r}."
+    )
+
+
+class FolderCatalog:
+    """Tables in a local folder: each the sub-folder ``<name>.lance``.
+
+    Parameters
+    ----------
+    root : str
+        The folder; it need not exist yet.
+    """
+
+    def __init__(self, root: str) -> None:
+        self._root = Path(os.path.abspath(os.path.expanduser(root)))
+        if self._root.exists() and not self._root.is_dir():
+            raise BadInputError(f"{root!r} is a file; a database is a folder.")
+
+    def uri(self, name: str) -> str:
+        """Where that table is, or would be."""
+        return str(self._root / (checked_name(name) + SUFFIX))
+
+    def names(self) -> list[str]:
+        """Every table, sorted."""
+        try:
+            with os.scandir(self._root) as entries:
+                return sorted(
+                    entry.name.removesuffix(SUFFIX)
+                    for entry in entries
+                    if entry.name.endswith(SUFFIX) and entry.is_dir()
+                )
+        except FileNotFoundError:
+            return []
+
+    def drop(self, name: str) -> None:
+        """Delete a table's folder and what the index keeps beside it.
+
+        Raises
+        ------
+        TableNotFoundError
+            If there is no such table.
+        """
+        path = Path(self.uri(name))
+        if not path.is_dir():
+            raise TableNotFoundError(f"Table '{name}' was not found")
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+        shutil.rmtree(self._root / SIDECARS / name, ignore_errors=True)
+
+
+class StoreCatalog:
+    """Tables in an object store, listed and dropped through Lance.
+
+    Parameters
+    ----------
+    root : str
+        E.g. ``s3://bucket/folder``.
+    storage_options : mapping of str to str, optional
+        Lance's, e.g. credentials and region.
+    """
+
+    def __init__(self, root: str, storage_options: Mapping[str, str] | None) -> None:
+        self._root = root.rstrip("/")
+        self._options = dict(storage_options or {})
+
+    def uri(self, name: str) -> str:
+        """Where that table is, or would be."""
+        return f"{self._root}/{checked_name(name)}{SUFFIX}"
+
+    def _namespace(self) -> Any:
+        from lance.namespace import DirectoryNamespace
+
+        options = {f"storage.{key}": value for key, value in self._options.items()}
+        return DirectoryNamespace(root=self._root, manifest_enabled="false", **options)
+
+    def names(self) -> list[str]:
+        """Every table, sorted."""
+        from lance_namespace import ListTablesRequest
+
+        return sorted(self._namespace().list_tables(ListTablesRequest(id=[])).tables)
+
+    def drop(self, name: str) -> None:
+        """Delete a table.
+
+        Raises
+        ------
+        TableNotFoundError
+            If there is no such table.
+        """
+        from lance_namespace import DropTableRequest
+
+        if name not in self.names():
+            raise TableNotFoundError(f"Table '{name}' was not found")
+        try:
+            self._namespace().drop_table(DropTableRequest(id=[name]))
+        except RuntimeError as error:
+            raise TableNotFoundError(f"Table '{name}': {first_line(error)}") from error

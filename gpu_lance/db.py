@@ -1,0 +1,357 @@
+"""Connect to a place and create, open, list and drop the tables in it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpu_lance.catalog import FolderCatalog, StoreCatalog, checked_name
+from gpu_lance.device import resolve_device
+from gpu_lance.embeddings import EmbeddingFunctionConfig
+from gpu_lance.errors import BadInputError, SchemaError, TableExistsError, TableNotFoundError
+from gpu_lance.index.resident import ResidentIndexes
+from gpu_lance.ingest.embed import Policy, vector_columns
+from gpu_lance.ingest.pipeline import Pipeline
+from gpu_lance.ingest.progress import progress_callback
+from gpu_lance.ingest.tables import Planned, plan_table
+from gpu_lance.storage import Storage, is_remote
+from gpu_lance.table import Table, take_in
+from gpu_lance.types import OnBadVectors
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+MEMORY = "memory://"
+
+
+def connect(
+    uri: str | Path | None = None,
+    *,
+    api_key: str | None = None,
+    read_consistency_interval: timedelta | None = None,
+    storage_options: Mapping[str, str] | None = None,
+    device: str | torch.device = "auto",
+) -> LanceDBConnection:
+    """Connect to a database; nothing is loaded, and the folder need not exist.
+
+    Parameters
+    ----------
+    uri : str or Path
+        A folder, ``memory://``, or an object store's URI such as ``s3://bucket/folder``.
+    api_key : str, optional
+        LanceDB Cloud's, which is refused: its tables are not files, so there is nothing to search
+        here.
+    read_consistency_interval : timedelta, optional
+        How old the version may be that a table reads. None: always the latest, or up to 5 seconds
+        old on an object store.
+    storage_options : mapping of str to str, optional
+        Passed to Lance for object stores.
+    device : str or torch.device
+        Where vectors are held and searched: ``"auto"``, ``"cuda"``, ``"cuda:1"``, ``"cpu"``. It is
+        resolved when a table is first used.
+
+    Raises
+    ------
+    ValueError
+        For LanceDB Cloud, or a `uri` that is a file.
+
+    Examples
+    --------
+    >>> import gpu_lance
+    >>> db = gpu_lance.connect("memory://")
+    >>> table = db.create_table("t", [{"vector": [1.0, 2.0]}])
+    >>> db.table_names(), "t" in db
+    (['t'], True)
+    """
+    if uri is None:
+        raise BadInputError("connect needs a folder, 'memory://', or an object store's URI.")
+    text = os.fspath(uri)
+    if text.startswith("db://") or api_key is not None:
+        raise BadInputError(
+            "LanceDB Cloud is not supported: connect to a folder or an object store instead."
+        )
+    return LanceDBConnection(
+        text,
+        read_consistency_interval=read_consistency_interval,
+        storage_options=storage_options,
+        device=device,
+    )
+
+
+class LanceDBConnection:
+    """The tables in one place, and what of them is held on the device. Made by :func:`connect`.
+
+    Tables that it opens share their resident vectors. Closing it, or leaving its ``with`` block,
+    frees the device memory.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        *,
+        read_consistency_interval: timedelta | None = None,
+        storage_options: Mapping[str, str] | None = None,
+        device: str | torch.device = "auto",
+    ) -> None:
+        self._uri = uri
+        self._interval = read_consistency_interval
+        self._options = dict(storage_options or {}) or None
+        self._wanted_device = device
+        self._lock = threading.RLock()
+        self._resident: dict[str, ResidentIndexes] = {}
+        # a dataset in memory lives as long as a handle of it
+        self._memory: dict[str, Storage] = {}
+        self._in_memory = uri.startswith(MEMORY)
+        self._catalog: FolderCatalog | StoreCatalog
+        if is_remote(uri) or self._in_memory:
+            self._catalog = StoreCatalog(uri, storage_options)
+        else:
+            self._catalog = FolderCatalog(uri.removeprefix("file://"))
+
+    @property
+    def uri(self) -> str:
+        """Where the tables are, as it was given."""
+        return self._uri
+
+    @property
+    def read_consistency_interval(self) -> timedelta | None:
+        """How old the version may be that a table reads; None for the latest."""
+        return self._interval
+
+    @property
+    def device(self) -> torch.device:
+        """Where vectors are held and searched."""
+        return resolve_device(self._wanted_device)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(uri={self._uri!r})"
+
+    # ---------------------------------------------------------------- listing
+
+    def table_names(self, page_token: str | None = None, limit: int | None = None) -> list[str]:
+        """The tables' names, sorted: those after `page_token`, at most `limit`."""
+        if limit is not None and limit < 0:
+            raise BadInputError(f"limit is {limit}; it must not be negative.")
+        with self._lock:
+            names = sorted(self._memory) if self._in_memory else self._catalog.names()
+        if page_token:
+            names = [name for name in names if name > page_token]
+        return names[:limit]
+
+    def __len__(self) -> int:
+        return len(self.table_names())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.table_names()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.table_names())
+
+    def __getitem__(self, name: str) -> Table:
+        return self.open_table(name)
+
+    # --------------------------------------------------------------- creating
+
+    def create_table(
+        self,
+        name: str,
+        data: Any = None,
+        schema: Any = None,
+        mode: str = "create",
+        exist_ok: bool = False,
+        on_bad_vectors: str = "error",
+        fill_value: float = 0.0,
+        embedding_functions: Sequence[EmbeddingFunctionConfig] | None = None,
+        *,
+        storage_options: Mapping[str, str] | None = None,
+        progress: Any = None,
+    ) -> Table:
+        """Make a table from data, from a schema, or from both.
+
+        Parameters
+        ----------
+        name : str
+            Of letters, digits, ``_``, ``-`` and ``.``.
+        data : object, optional
+            Anything that :meth:`Table.add` takes; or a LanceModel class, taken for the schema.
+        schema : LanceModel class or pyarrow.Schema, optional
+            Without it the data decides.
+        mode : {"create", "overwrite"}
+            ``overwrite`` replaces a table of that name, as a new version.
+        exist_ok : bool
+            Open the table if there is one, adding nothing; its columns must be those of `schema`.
+        on_bad_vectors, fill_value, progress
+            As in :meth:`Table.add`.
+        embedding_functions : sequence of EmbeddingFunctionConfig, optional
+            Which function embeds which column, beside those that the schema names.
+        storage_options : mapping of str to str, optional
+            Beside those of the connection.
+
+        Raises
+        ------
+        TableExistsError
+            If there is such a table (a ValueError).
+        BadInputError, BadVectorError, SchemaError, UnsupportedDataError
+            If the data does not fit; no table is made.
+
+        Examples
+        --------
+        >>> import gpu_lance
+        >>> from gpu_lance.pydantic import LanceModel, Vector
+        >>> class Point(LanceModel):
+        ...     name: str
+        ...     vector: Vector(2)
+        >>> gpu_lance.connect("memory://").create_table("points", schema=Point).count_rows()
+        0
+        """
+        checked_name(name)
+        if mode not in ("create", "overwrite"):
+            raise BadInputError(f"mode is {mode!r}; it must be 'create' or 'overwrite'.")
+        policy = Policy(OnBadVectors.parse(on_bad_vectors), fill_value)
+        exists = name in self
+        if exists and mode == "create":
+            if not exist_ok:
+                raise TableExistsError(f"Table '{name}' already exists")
+            return self._existing(name, schema if schema is not None else data, storage_options)
+        planned = plan_table(data, schema, embedding_functions)
+        functions = planned.functions
+        pairs = {key: (conf.function, conf.source_column) for key, conf in functions.items()}
+        columns = vector_columns(planned.schema, pairs)
+        indexes = ResidentIndexes(self._wanted_device)
+        with progress_callback(progress, planned.source.num_rows) as report:
+            run = Pipeline(planned.schema, columns, policy, indexes, report)
+            storage = run.write(
+                planned.source,
+                lambda batches: self._create(name, batches, planned, exists, storage_options),
+            )
+        with self._lock:
+            old = self._resident.pop(name, None)
+            if old is not None:
+                old.close()
+            self._resident[name] = indexes
+            if self._in_memory:
+                self._memory[name] = storage
+        table = Table(storage, indexes, functions)
+        table.last_report = run.report
+        take_in(indexes, storage.dataset(), planned.schema, run.kept, list(functions))
+        return table
+
+    def _create(
+        self,
+        name: str,
+        batches: Iterator[Any],
+        planned: Planned,
+        exists: bool,
+        storage_options: Mapping[str, str] | None,
+    ) -> Storage:
+        old: Any = None
+        if exists:
+            old = self._memory[name].latest() if self._in_memory else self._catalog.uri(name)
+        return Storage.create(
+            self._memory_uri() if self._in_memory else self._catalog.uri(name),
+            name,
+            batches,
+            planned.schema,
+            overwrite=old,
+            storage_options=self._merged(storage_options),
+            read_consistency_interval=self._interval,
+        )
+
+    def _existing(
+        self, name: str, wanted: Any, storage_options: Mapping[str, str] | None
+    ) -> Table:
+        table = self.open_table(name, storage_options=storage_options)
+        to_schema = getattr(wanted, "to_arrow_schema", None)
+        columns = to_schema() if to_schema is not None else wanted
+        names = getattr(columns, "names", None)
+        if names is not None and not hasattr(wanted, "num_rows") and names != table.schema.names:
+            raise SchemaError(
+                f"Table '{name}' already exists with the columns {', '.join(table.schema.names)}, "
+                f"and the schema given has {', '.join(names)}."
+            )
+        return table
+
+    def open_table(
+        self, name: str, *, storage_options: Mapping[str, str] | None = None
+    ) -> Table:
+        """Open a table; no model is loaded and no vector is read.
+
+        Raises
+        ------
+        TableNotFoundError
+            If there is none of that name (a ValueError).
+        """
+        checked_name(name)
+        with self._lock:
+            if self._in_memory:
+                if name not in self._memory:
+                    raise TableNotFoundError(f"Table '{name}' was not found")
+                handle = self._memory[name].latest()
+                storage = Storage(self._memory_uri(), name, None, self._interval, handle)
+            else:
+                storage = Storage(
+                    self._catalog.uri(name), name, self._merged(storage_options), self._interval
+                )
+            indexes = self._resident.get(name)
+            if indexes is None:
+                indexes = self._resident[name] = ResidentIndexes(self._wanted_device)
+        return Table(storage, indexes)
+
+    # --------------------------------------------------------------- dropping
+
+    def drop_table(self, name: str, ignore_missing: bool = False) -> None:
+        """Delete a table with all its versions.
+
+        Raises
+        ------
+        TableNotFoundError
+            If there is none, unless `ignore_missing`.
+        """
+        checked_name(name)
+        with self._lock:
+            indexes = self._resident.pop(name, None)
+            if indexes is not None:
+                indexes.close()
+            try:
+                if not self._in_memory:
+                    self._catalog.drop(name)
+                elif self._memory.pop(name, None) is None:
+                    raise TableNotFoundError(f"Table '{name}' was not found")
+            except TableNotFoundError:
+                if not ignore_missing:
+                    raise
+
+    def drop_all_tables(self) -> None:
+        """Delete every table."""
+        for name in self.table_names():
+            self.drop_table(name, ignore_missing=True)
+
+    # ---------------------------------------------------------------- closing
+
+    def close(self) -> None:
+        """Free the device memory of all tables; a later search loads them again."""
+        with self._lock:
+            for indexes in self._resident.values():
+                indexes.close()
+
+    def __enter__(self) -> LanceDBConnection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _merged(self, storage_options: Mapping[str, str] | None) -> dict[str, str] | None:
+        return {**(self._options or {}), **(storage_options or {})} or None
+
+    def _memory_uri(self) -> str:
+        return MEMORY
+
+
+DBConnection = LanceDBConnection  # LanceDB's name for the general kind

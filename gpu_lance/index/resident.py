@@ -1,0 +1,61 @@
+"""The indexes of one table's vector columns on one device."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import TYPE_CHECKING
+
+from gpu_lance.device import resolve_device
+from gpu_lance.index.column import ColumnIndex
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ResidentIndexes:
+    """One :class:`ColumnIndex` a vector column, made when it is first asked for.
+
+    All handles of a table in one connection share it, so that a column is on the device once.
+
+    Parameters
+    ----------
+    device : str or torch.device
+        Resolved when it is first needed, so that opening a table does not wait for torch.
+
+    Examples
+    --------
+    >>> indexes = ResidentIndexes("cpu")
+    >>> indexes.of("vector", 8) is indexes.of("vector", 8)
+    True
+    """
+
+    def __init__(self, device: str | torch.device = "auto") -> None:
+        self._wanted = device
+        self._lock = threading.Lock()
+        self._indexes: dict[str, ColumnIndex] = {}
+
+    @functools.cached_property
+    def device(self) -> torch.device:
+        """Where the columns are held; DeviceError if it is not there."""
+        return resolve_device(self._wanted)
+
+    def of(self, column: str, ndims: int) -> ColumnIndex:
+        """The index of a column; a column whose vectors changed length gets a new one."""
+        with self._lock:
+            index = self._indexes.get(column)
+            if index is None or index.ndims != ndims:
+                if index is not None:
+                    index.close()
+                index = self._indexes[column] = ColumnIndex(column, ndims, self.device)
+            return index
+
+    def held(self) -> dict[str, ColumnIndex]:
+        """Those that were asked for, by column."""
+        with self._lock:
+            return dict(self._indexes)
+
+    def close(self) -> None:
+        """Free their device memory; a later search loads its column again."""
+        for index in self.held().values():
+            index.close()

@@ -1,0 +1,279 @@
+"""From data to a committed Lance version: read, prepare, embed and write, each in its thread.
+
+The CPU part of the next batches runs ahead of the device, and the vectors of the last batch are
+on their way to the host and to disk meanwhile. Queues are bounded, so memory is too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from gpu_lance.device import free_memory
+from gpu_lance.ingest.channel import Channel, Stage, Stopped
+from gpu_lance.ingest.embed import (
+    Embedded,
+    Policy,
+    Prepared,
+    VectorColumn,
+    complete,
+    embed,
+    prepare,
+)
+from gpu_lance.ingest.lists import valid_rows
+from gpu_lance.ingest.read import MAX_ROWS, Source
+from gpu_lance.optional import require
+from gpu_lance.types import OnBadVectors
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+AHEAD = 2  # batches that wait between two stages
+PATIENCE = 5.0  # seconds
+KEPT_BYTES = 1 << 30
+
+
+class Placed(Protocol):
+    """What knows its device."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+@dataclass
+class Kept:
+    """The vectors of new rows, still on the device, for an index to take in after the commit.
+
+    Parameters
+    ----------
+    budget : int
+        Bytes that may be kept; beyond it everything is let go and read back later.
+
+    Examples
+    --------
+    >>> import torch
+    >>> kept = Kept(budget=1 << 20)
+    >>> kept.add("vector", torch.zeros(2, 3), np.ones(2, bool), rows=2)
+    >>> kept.take("vector", rows=2)[0].shape
+    torch.Size([2, 3])
+    """
+
+    budget: int
+    _parts: dict[str, list[tuple[torch.Tensor, np.ndarray]]] = field(default_factory=dict)
+    _rows: dict[str, int] = field(default_factory=dict)
+    _bytes: int = 0
+    _over: bool = False
+
+    def add(self, name: str, vectors: torch.Tensor, valid: np.ndarray, rows: int) -> None:
+        """Keep the vectors of one batch of `rows` rows, if they are all of them and fit."""
+        size = vectors.element_size() * vectors.nelement()
+        # joining the parts takes the same again
+        if self._over or len(vectors) != rows or 2 * (self._bytes + size) > self.budget:
+            self.let_go()
+            return
+        self._bytes += size
+        self._parts.setdefault(name, []).append((vectors, valid))
+        self._rows[name] = self._rows.get(name, 0) + rows
+
+    def let_go(self) -> None:
+        """Keep nothing, now or later: not all that is stored is on the device."""
+        self._over = True
+        self._parts.clear()
+
+    def take(self, name: str, rows: int) -> tuple[torch.Tensor, np.ndarray] | None:
+        """All vectors (n, d) and which are valid (n,); None unless they are exactly `rows`."""
+        parts = self._parts.pop(name, None)
+        if self._over or parts is None or self._rows.get(name) != rows:
+            return None
+        torch = require("torch", extra="cpu|cuda13|cuda12")
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+
+@dataclass
+class Report:
+    """What one run did and where its time went.
+
+    Parameters
+    ----------
+    rows : int
+        Rows that were written.
+    embedded : int
+        Vectors that were made.
+    seconds : dict of str to float
+        Wall time in each stage; stages overlap.
+    """
+
+    rows: int = 0
+    embedded: int = 0
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("read", "prepare", "embed", "store", "write"), 0.0)
+    )
+
+
+class Pipeline:
+    """One run of the stages over one source.
+
+    Parameters
+    ----------
+    schema : pyarrow.Schema
+        The table's.
+    columns : list of VectorColumn
+        Its vector columns.
+    policy : Policy
+    place : object with an attribute `device`
+        Says where vectors are kept; asked only if there is something to embed.
+    progress : callable, optional
+        Called with the number of rows embedded so far, after each batch.
+
+    Examples
+    --------
+    >>> from gpu_lance.ingest.read import read
+    >>> schema = pa.schema({"id": pa.int64()})
+    >>> run = Pipeline(schema, [], Policy(), None)
+    >>> run.write(read({"id": [1, 2]}), lambda batches: sum(b.num_rows for b in batches))
+    2
+    """
+
+    def __init__(
+        self,
+        schema: pa.Schema,
+        columns: list[VectorColumn],
+        policy: Policy,
+        place: Placed | None,
+        progress: Callable[[int], Any] | None = None,
+    ) -> None:
+        self._schema = schema
+        self._columns = columns
+        self._policy = policy
+        made = any(column.function is not None for column in columns)
+        self._device = place.device if place is not None and made else None
+        self._progress = progress
+        self.report = Report()
+        self.kept = Kept(0)
+        if self._device is not None:
+            self.kept.budget = min(free_memory(self._device) // 4, KEPT_BYTES)
+
+    def write(self, source: Source, write: Callable[[Iterator[pa.RecordBatch]], T]) -> T:
+        """Run everything; `write` consumes the finished batches, and its result is returned.
+
+        An error in any stage stops all of them and is raised here. Data of one batch runs without
+        threads.
+        """
+        if source.num_rows is not None and source.num_rows <= MAX_ROWS:
+            batches = [self._stored(self._embed(p)) for p in self._prepared(source)]
+            with self._timed("write"):
+                return write(iter(batches))
+        return self._threaded(source, write)
+
+    def _threaded(self, source: Source, write: Callable[[Iterator[pa.RecordBatch]], T]) -> T:
+        ready: Channel[Prepared] = Channel(AHEAD)
+        done: Channel[pa.RecordBatch] = Channel(AHEAD)
+
+        def read() -> None:
+            try:
+                for prepared in self._prepared(source):
+                    ready.put(prepared)
+            except Stopped:
+                return
+            except BaseException as error:
+                ready.close(error)
+            else:
+                ready.close()
+
+        def store() -> T:
+            try:
+                with self._timed("write"):
+                    return write(iter(done))
+            finally:
+                done.stop()
+
+        # the caller's own functions run in the caller's thread
+        reader, writer = Stage("read", read), Stage("write", store)
+        try:
+            behind: Embedded | None = None
+            for prepared in ready:
+                embedded = self._embed(prepared)
+                if behind is not None:
+                    done.put(self._stored(behind))
+                behind = embedded
+            if behind is not None:
+                done.put(self._stored(behind))
+        except Stopped:
+            pass  # the writer's error is raised below
+        except BaseException as error:
+            done.close(error)
+            writer.join()
+            raise
+        finally:
+            ready.stop()
+            reader.join(PATIENCE)  # it may be waiting inside the caller's own iterator
+        done.close()
+        return writer.result()
+
+    def _prepared(self, source: Source) -> Iterator[Prepared]:
+        first_row = 0
+        batches = iter(source.batches)
+        while True:
+            with self._timed("read"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            with self._timed("prepare"):
+                prepared = prepare(batch, self._schema, self._columns, self._policy, first_row)
+            first_row += batch.num_rows
+            yield prepared
+
+    def _embed(self, prepared: Prepared) -> Embedded:
+        if self._device is None or not prepared.wanted:
+            return Embedded(prepared)
+        with self._timed("embed"):
+            embedded = embed(prepared, self._device)
+        self.report.embedded += sum(len(made) for _, _, made, _ in embedded.parts)
+        return embedded
+
+    def _stored(self, embedded: Embedded) -> pa.RecordBatch:
+        with self._timed("store"):
+            batch = complete(embedded, self._schema, self._policy)
+        self._keep(embedded, batch)
+        self.report.rows += batch.num_rows
+        if self._progress is not None:
+            self._progress(self.report.rows)
+        return batch
+
+    def _keep(self, embedded: Embedded, batch: pa.RecordBatch) -> None:
+        """Keep the batch's vectors on the device where they are what was stored."""
+        made = {column.name: part.vectors for column, _, part, _ in embedded.parts}
+        dropped = batch.num_rows != embedded.prepared.batch.num_rows
+        for column in self._columns:
+            if column.function is None:
+                continue
+            vectors = made.get(column.name)
+            if vectors is None or dropped or self._policy.on_bad is OnBadVectors.FILL:
+                self.kept.let_go()
+                return
+            valid = valid_rows(batch.column(batch.schema.get_field_index(column.name)))
+            self.kept.add(column.name, vectors, valid, batch.num_rows)
+
+    def _timed(self, stage: str) -> _Timer:
+        return _Timer(self.report.seconds, stage)
+
+
+class _Timer:
+    def __init__(self, seconds: dict[str, float], stage: str) -> None:
+        self._seconds = seconds
+        self._stage = stage
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._stage] += time.perf_counter() - self._start

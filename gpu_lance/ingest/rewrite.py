@@ -1,0 +1,138 @@
+"""New values for stored rows, with the vectors of changed sources made again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import lance
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gpu_lance.errors import GpuLanceError, QueryError, SchemaError
+from gpu_lance.ingest.align import fit_column
+from gpu_lance.ingest.embed import VectorColumn
+from gpu_lance.ingest.lists import valid_rows
+from gpu_lance.ingest.read import MAX_ROWS
+from gpu_lance.ingest.rows import column_to_arrow
+from gpu_lance.storage import ChangedRows, first_line
+
+BEFORE = "__before_"
+
+
+def touched(columns: list[VectorColumn], names: set[str]) -> list[VectorColumn]:
+    """The vector columns that follow from a change of the columns `names`."""
+    return [
+        column
+        for column in columns
+        if column.function is not None and column.source in names and column.name not in names
+    ]
+
+
+def rewritten(
+    base: lance.LanceDataset,
+    where: str | None,
+    values: Mapping[str, Any],
+    values_sql: Mapping[str, str],
+    follow: list[VectorColumn],
+    changed: ChangedRows,
+) -> Iterator[pa.RecordBatch]:
+    """The rows for which `where` holds, with new values; vectors to be made again are null.
+
+    Parameters
+    ----------
+    base : lance.LanceDataset
+        The version to read.
+    where : str or None
+    values, values_sql : mapping
+        New values by column: Python values, or SQL expressions over the old row.
+    follow : list of VectorColumn
+        Vector columns whose source gets new values: null where the source really changes.
+    changed : ChangedRows
+        Filled with the rows as they are read.
+
+    Raises
+    ------
+    SchemaError
+        For a column that the table does not have.
+    QueryError
+        If Lance does not understand the condition or an expression.
+    """
+    schema = base.schema
+    for name in [*values, *values_sql]:
+        if name not in schema.names:
+            raise SchemaError(
+                f"The table has no column {name!r} to update; it has {', '.join(schema.names)}."
+            )
+    columns = {name: values_sql.get(name, quoted(name)) for name in schema.names}
+    sources = {str(column.source) for column in follow}
+    columns.update({BEFORE + name: quoted(name) for name in sources if name in values_sql})
+    try:
+        scanner = base.scanner(
+            columns=columns,
+            filter=where,
+            with_row_id=True,
+            with_row_address=True,
+            batch_size=MAX_ROWS,
+        )
+        batches = iter(scanner.to_batches())
+        while (batch := next(batches, None)) is not None:
+            if batch.num_rows:
+                yield _changed(batch, schema, values, follow, changed)
+    except GpuLanceError:
+        raise
+    except (OSError, ValueError) as error:
+        raise QueryError(f"The update cannot be run: {first_line(error)}") from error
+
+
+def quoted(name: str) -> str:
+    """A column's name as SQL.
+
+    Examples
+    --------
+    >>> quoted("my column")
+    '`my column`'
+    """
+    return "`" + name.replace("`", "``") + "`"
+
+
+def _changed(
+    batch: pa.RecordBatch,
+    schema: pa.Schema,
+    values: Mapping[str, Any],
+    follow: list[VectorColumn],
+    changed: ChangedRows,
+) -> pa.RecordBatch:
+    n = batch.num_rows
+    changed.row_ids.extend(batch.column("_rowid").to_pylist())
+    addresses = batch.column("_rowaddr").to_numpy(zero_copy_only=False)
+    changed.fragments.update(int(i) for i in np.unique(addresses >> 32))
+    arrays = []
+    for field in schema:
+        array = batch.column(field.name)
+        if field.name in values:
+            one = column_to_arrow([values[field.name]], field.name, field.type)
+            array = fit_column(one, field).take(pa.array(np.zeros(n, np.int64)))
+        elif array.type != field.type:
+            array = fit_column(array, field)
+        arrays.append(array)
+    for column in follow:
+        at = schema.get_field_index(column.name)
+        new = arrays[schema.get_field_index(str(column.source))]
+        old_name = BEFORE + str(column.source)
+        old = batch.column(old_name if old_name in batch.schema.names else str(column.source))
+        arrays[at] = pc.if_else(pa.array(_same(old, new)), arrays[at], pa.nulls(n, column.type))
+    fields = [field.with_nullable(True) for field in schema]
+    return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields))
+
+
+def _same(old: pa.Array, new: pa.Array) -> np.ndarray:
+    """(n,) bool: where the source is what it was, null counting as a value."""
+    both = valid_rows(old) & valid_rows(new)
+    neither = ~valid_rows(old) & ~valid_rows(new)
+    try:
+        equal = pc.fill_null(pc.equal(old, new.cast(old.type)), False)
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid):  # no order on such values
+        return neither
+    return np.asarray(equal.to_numpy(zero_copy_only=False) & both | neither, dtype=bool)

@@ -1,0 +1,154 @@
+"""The schema of a table that is to be made: its columns, its embedding functions, its metadata."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from gpu_lance.embeddings import EmbeddingFunctionConfig, fingerprint, get_registry
+from gpu_lance.errors import GpuLanceError, SchemaError, UnsupportedDataError
+from gpu_lance.ingest.lists import is_vector_type
+from gpu_lance.ingest.read import Source, read
+
+logger = logging.getLogger(__name__)
+
+
+def is_model_class(value: Any) -> bool:
+    """Whether `value` is a LanceModel class, told without importing pydantic."""
+    return inspect.isclass(value) and hasattr(value, "to_arrow_schema")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a new table begins with.
+
+    Parameters
+    ----------
+    schema : pyarrow.Schema
+        With all metadata that is stored.
+    source : Source
+        Its first rows; none for an empty table.
+    functions : dict of str to EmbeddingFunctionConfig
+        By vector column.
+    """
+
+    schema: pa.Schema
+    source: Source
+    functions: dict[str, EmbeddingFunctionConfig]
+
+
+def plan_table(
+    data: Any,
+    schema: Any,
+    embedding_functions: Sequence[EmbeddingFunctionConfig] | None,
+    kept: Mapping[bytes, bytes] | None = None,
+) -> Planned:
+    """Work out schema, functions and rows of a new table.
+
+    Parameters
+    ----------
+    data : object
+        Anything that :func:`~gpu_lance.ingest.read.read` takes, a schema, or None.
+    schema : pyarrow.Schema or LanceModel class, optional
+        Without it the data decides.
+    embedding_functions : sequence of EmbeddingFunctionConfig, optional
+        Beside those that a LanceModel or the schema's metadata names.
+    kept : mapping of bytes to bytes, optional
+        Other schema metadata to carry over.
+
+    Raises
+    ------
+    ValueError
+        If there is neither data nor a schema.
+    SchemaError
+        If a function's source column is missing, or its vector column is no vector column.
+    """
+    if schema is None and (is_model_class(data) or isinstance(data, pa.Schema)):
+        data, schema = None, data
+    if data is None and schema is None:
+        raise SchemaError("Either data or schema must be provided.")
+    configs = {config.vector_column: config for config in _declared(data, schema)}
+    configs.update({config.vector_column: config for config in embedding_functions or ()})
+    arrow = _arrow_schema(schema)
+    if arrow is None:
+        source = read(data)
+        arrow = source.schema
+    else:
+        source = Source(arrow, iter(()), 0) if data is None else read(data, arrow)
+    if not configs:
+        configs = get_registry().parse_functions(arrow.metadata)
+    arrow = _with_vector_columns(arrow, configs)
+    metadata = {**(arrow.metadata or {}), **(kept or {})}
+    metadata.update(get_registry().get_table_metadata(list(configs.values())) or {})
+    metadata.update(fingerprint.to_metadata(_fingerprints(configs)))
+    return Planned(arrow.with_metadata(metadata or None), source, configs)
+
+
+def _declared(data: Any, schema: Any) -> Sequence[EmbeddingFunctionConfig]:
+    if is_model_class(schema):
+        model = schema
+    elif schema is None and isinstance(data, list | tuple) and data:
+        model = type(data[0])
+    else:
+        return ()
+    functions: Any = getattr(model, "parse_embedding_functions", None)
+    return functions() if functions is not None else ()
+
+
+def _arrow_schema(schema: Any) -> pa.Schema | None:
+    if schema is None or isinstance(schema, pa.Schema):
+        return schema
+    if is_model_class(schema):
+        return schema.to_arrow_schema()
+    raise UnsupportedDataError(
+        f"schema must be a LanceModel class or a pyarrow.Schema, got a {type(schema).__name__}."
+    )
+
+
+def _with_vector_columns(
+    schema: pa.Schema, configs: Mapping[str, EmbeddingFunctionConfig]
+) -> pa.Schema:
+    """The schema with a fixed-size list for each function's vectors."""
+    for config in configs.values():
+        if config.source_column not in schema.names:
+            raise SchemaError(
+                f"The embedding function of column {config.vector_column!r} reads column "
+                f"{config.source_column!r}, which is not there; the columns are "
+                f"{', '.join(schema.names)}."
+            )
+        index = schema.get_field_index(config.vector_column)
+        if index < 0:
+            kind = pa.list_(pa.float32(), config.function.ndims())
+            schema = schema.append(pa.field(config.vector_column, kind))
+        elif not is_vector_type(schema.field(index).type):
+            schema = _fixed(schema, index, config)
+    return schema
+
+
+def _fixed(schema: pa.Schema, index: int, config: EmbeddingFunctionConfig) -> pa.Schema:
+    """Give a column of nulls, or of lists of floats, the length of the function's vectors."""
+    field = schema.field(index)
+    listed = pa.types.is_list(field.type) and pa.types.is_floating(field.type.value_type)
+    if not listed and not pa.types.is_null(field.type):
+        return schema  # vector_columns() says what is wrong with it
+    value_type = field.type.value_type if listed else pa.float32()
+    kind = pa.list_(value_type, config.function.ndims())
+    return schema.set(index, pa.field(field.name, kind, field.nullable, field.metadata))
+
+
+def _fingerprints(configs: Mapping[str, EmbeddingFunctionConfig]) -> dict[str, dict[str, str]]:
+    found = {}
+    for column, config in configs.items():
+        try:
+            made = fingerprint.of(config.function)
+        except (GpuLanceError, OSError) as error:
+            logger.warning("The model of column %r has no fingerprint yet: %s", column, error)
+            continue
+        if made is not None:
+            found[column] = dict(made)
+    return found
