@@ -205,6 +205,13 @@ def _vectors(array: Any) -> Queries:
 
 def _items(items: Sequence[Any], batch: bool) -> Queries:
     for position, item in enumerate(items):
+        if item is None:
+            raise QueryError(f"Query {position} is None, which is no query; leave it out.")
+        if isinstance(item, (numbers.Number, list, tuple, dict, set)) or _is_vector(item):
+            raise QueryError(
+                f"Query {position} is a {type(item).__name__}, and query 0 is a "
+                f"{type(items[0]).__name__}; a batch holds one kind."
+            )
         if not isinstance(item, str):
             continue
         try:

@@ -1,0 +1,350 @@
+"""How a search runs: embed, find the nearest rows on the device, fetch them from Lance.
+
+Everything is asked of one dataset handle, so that the index and the rows that are returned belong
+to one version. Vectors in the results stay in Arrow's memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from lance.dataset import ColumnOrdering as LanceOrdering
+
+from gpu_lance.errors import EmbeddingError, QueryError, QueryTimeoutError
+from gpu_lance.query.inputs import check_finite
+from gpu_lance.query.projection import (
+    DISTANCE,
+    QUERY_INDEX,
+    ROW_ID,
+    Projection,
+    project,
+)
+from gpu_lance.query.scratch import Scratch, explain, mentioned, take
+from gpu_lance.query.sql import words
+
+if TYPE_CHECKING:
+    import lance
+    import torch
+
+    from gpu_lance.query.source import SearchTarget
+    from gpu_lance.query.spec import QuerySpec, VectorSpec
+
+_COMPUTED_FIELDS = {
+    QUERY_INDEX: pa.field(QUERY_INDEX, pa.int32(), nullable=False),
+    DISTANCE: pa.field(DISTANCE, pa.float32()),
+    ROW_ID: pa.field(ROW_ID, pa.uint64()),
+}
+
+
+class Deadline:
+    """When a search must be done; looked at between its stages.
+
+    Parameters
+    ----------
+    seconds : float or None
+        None never expires.
+
+    Examples
+    --------
+    >>> Deadline(None).check("searching")
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    def check(self, doing: str) -> None:
+        """Raise if the time is up.
+
+        Raises
+        ------
+        QueryTimeoutError
+        """
+        if self._end is not None and time.monotonic() >= self._end:
+            raise QueryTimeoutError(
+                f"The search was not done after its timeout of {self.seconds} s; it was {doing}."
+            )
+
+
+@dataclass(frozen=True)
+class Found:
+    """The rows that a search found, query by query, nearest first.
+
+    Parameters
+    ----------
+    row_ids : numpy.ndarray
+        (n,) int64.
+    distances : numpy.ndarray
+        (n,) float32.
+    query_index : numpy.ndarray
+        (n,) int32, ascending.
+    """
+
+    row_ids: np.ndarray
+    distances: np.ndarray
+    query_index: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    @classmethod
+    def none(cls) -> Found:
+        """No row."""
+        return cls(np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.int32))
+
+    def at(self, places: np.ndarray) -> Found:
+        """The rows at those places."""
+        return Found(self.row_ids[places], self.distances[places], self.query_index[places])
+
+    def page(self, offset: int, limit: int) -> Found:
+        """Of each query, `limit` rows after the first `offset`."""
+        starts = np.searchsorted(self.query_index, self.query_index, side="left")
+        rank = np.arange(len(self)) - starts
+        return self.at(np.flatnonzero((rank >= offset) & (rank - offset < limit)))
+
+
+@dataclass
+class Report:
+    """What a search did, for `explain_plan` and `analyze_plan`.
+
+    Parameters
+    ----------
+    version : int
+        Of the table.
+    k : int
+        How many rows the index was asked for, of each query.
+    index : dict
+        What the index held when it was done; see ``ColumnIndex.info``.
+    found, returned : int
+        Rows before and after a filter on the result, and paging.
+    seconds : dict of str to float
+        By stage.
+    """
+
+    version: int = 0
+    k: int = 0
+    index: dict[str, Any] = field(default_factory=dict)
+    found: int = 0
+    returned: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def embed(target: SearchTarget, spec: VectorSpec) -> torch.Tensor:
+    """The query vectors (m, d) on the target's device.
+
+    Raises
+    ------
+    QueryError
+        If a value is not finite.
+    EmbeddingError
+        If the embedding function gives another number of vectors.
+    """
+    if spec.queries.items is None:
+        return spec.queries.tensor(target.device)
+    vectors = target.embed_query(spec.column, spec.queries.items)
+    if vectors.ndim != 2 or vectors.shape[0] != len(spec.queries):
+        raise EmbeddingError(
+            f"The embedding function of {spec.column!r} gave vectors of shape "
+            f"{tuple(vectors.shape)} for {len(spec.queries)} queries."
+        )
+    check_finite(vectors)
+    return vectors
+
+
+def nearest(
+    target: SearchTarget,
+    dataset: lance.LanceDataset,
+    spec: VectorSpec,
+    queries: torch.Tensor,
+    report: Report,
+) -> Found:
+    """The nearest rows of each query, filtered, ordered and paged."""
+    limit = dataset.count_rows() if spec.limit is None else spec.limit
+    # the clamp keeps a limit of a billion from reserving room for as many
+    k = report.k = max(1, min(limit + spec.offset, dataset.count_rows()))
+    index = target.column_index(spec.column)
+    result = index.search(
+        dataset, queries, k, spec.metric,
+        where=spec.where if spec.prefilter else None, lower=spec.lower, upper=spec.upper,
+    )  # fmt: skip
+    report.version = dataset.version
+    report.index = index.info()
+    counts = result.counts
+    kept = result.row_ids >= 0
+    found = Found(
+        result.row_ids[kept],
+        result.distances[kept],
+        np.repeat(np.arange(len(counts), dtype=np.int32), counts),
+    )
+    report.found = len(found)
+    where = None if spec.prefilter else spec.where
+    if where is not None or spec.order_by:
+        scratch = Scratch(
+            dataset, found.row_ids, found.distances, found.query_index,
+            mentioned(where, spec.order_by),
+        )  # fmt: skip
+        found = found.at(scratch.places(where, spec.order_by))
+    return found.page(spec.offset, limit) if spec.offset or len(found) > limit else found
+
+
+def search(
+    target: SearchTarget, spec: VectorSpec, queries: torch.Tensor | None, deadline: Deadline
+) -> tuple[pa.Table, torch.Tensor, Report]:
+    """Run a vector search.
+
+    Parameters
+    ----------
+    target : SearchTarget
+    spec : VectorSpec
+    queries : torch.Tensor or None
+        The vectors of an earlier run of the same queries.
+    deadline : Deadline
+
+    Returns
+    -------
+    table : pyarrow.Table
+    queries : torch.Tensor
+        The query vectors, for another run.
+    report : Report
+
+    Raises
+    ------
+    QueryError
+        If what was asked for does not fit the table.
+    QueryTimeoutError
+        If the deadline passes.
+    """
+    report = Report()
+    start = time.perf_counter()
+    dataset = target.dataset()
+    projection = projection_of(spec, dataset)
+    if queries is None:
+        queries = embed(target, spec)
+        start = _lap(report, "embed", start)
+        deadline.check("embedding the query")
+    found = nearest(target, dataset, spec, queries, report)
+    start = _lap(report, "search", start)
+    deadline.check("searching the index")
+    table = fetch(dataset, found, projection)
+    _lap(report, "fetch", start)
+    deadline.check("fetching rows from Lance")
+    report.returned = table.num_rows
+    return table, queries, report
+
+
+def projection_of(spec: VectorSpec, dataset: lance.LanceDataset) -> Projection:
+    """The projection of a vector search.
+
+    Raises
+    ------
+    QueryError
+        If the dataset has no such column.
+    """
+    return project(
+        spec.columns, dataset.schema,
+        row_id=spec.row_id, distance=True, query_index=spec.queries.batch,
+    )  # fmt: skip
+
+
+def fetch(dataset: lance.LanceDataset, found: Found, projection: Projection) -> pa.Table:
+    """The rows as a table, in the order in which they were found.
+
+    Parameters
+    ----------
+    dataset : lance.LanceDataset
+        At the version that was searched.
+    found : Found
+    projection : Projection
+    """
+    if projection.late and isinstance(projection.read, dict):
+        scratch = Scratch(
+            dataset, found.row_ids, found.distances, found.query_index,
+            set().union(*(words(text) for text in projection.read.values())),
+        )  # fmt: skip
+        table = scratch.evaluate(projection.read)
+    else:
+        table = take(dataset, found.row_ids, projection.read)
+    columns, fields = [], []
+    for name in projection.output:
+        if name == DISTANCE and name in projection.computed:
+            columns.append(pa.chunked_array([pa.array(found.distances)]))
+        elif name == QUERY_INDEX and name in projection.computed:
+            columns.append(pa.chunked_array([pa.array(found.query_index)]))
+        elif name == ROW_ID and name in projection.computed:
+            columns.append(pa.chunked_array([pa.array(found.row_ids.astype(np.uint64))]))
+        else:
+            columns.append(table[name])
+            fields.append(table.schema.field(name))
+            continue
+        fields.append(_COMPUTED_FIELDS[name])
+    schema = pa.schema(fields, metadata=dataset.schema.metadata)
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def scan(
+    target: SearchTarget, spec: QuerySpec, batch_size: int | None, deadline: Deadline
+) -> pa.RecordBatchReader:
+    """The rows of a table that meet a condition, without a search.
+
+    Raises
+    ------
+    QueryError
+        If what was asked for does not fit the table.
+    QueryTimeoutError
+        While reading, if the deadline passes.
+    """
+    dataset = target.dataset()
+    scanner, hidden = scanner_of(dataset, spec, batch_size)
+    try:
+        reader = scanner.to_reader()
+        schema = reader.schema
+    except (ValueError, OSError) as error:
+        raise QueryError(explain(error, "query", dataset.schema.names)) from error
+    kept = [name for name in schema.names if not (hidden and name == ROW_ID)]
+    wanted = pa.schema([schema.field(name) for name in kept], metadata=schema.metadata)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        try:
+            for batch in reader:
+                deadline.check("reading rows from Lance")
+                yield batch.select(kept)
+        except (ValueError, OSError) as error:
+            if isinstance(error, (QueryError, QueryTimeoutError)):
+                raise
+            raise QueryError(explain(error, "query", dataset.schema.names)) from error
+
+    return pa.RecordBatchReader.from_batches(wanted, batches())
+
+
+def scanner_of(
+    dataset: lance.LanceDataset, spec: QuerySpec, batch_size: int | None = None
+) -> tuple[lance.LanceScanner, bool]:
+    """Lance's scanner for a query without vectors, and whether its row ids are to be hidden."""
+    projection = project(spec.columns, dataset.schema, row_id=spec.row_id)
+    order = [
+        LanceOrdering(key.column_name, ascending=key.ascending, nulls_first=key.nulls_first)
+        for key in spec.order_by
+    ]
+    # Lance orders by a column that is not selected only where it may fetch by row id
+    hidden = bool(order) and ROW_ID not in projection.output
+    read = projection.read
+    try:
+        scanner = dataset.scanner(
+            columns=dict(read) if isinstance(read, dict) else list(read),
+            filter=spec.where, limit=spec.limit, offset=spec.offset or None,
+            with_row_id=spec.row_id or hidden, order_by=order or None, batch_size=batch_size,
+        )  # fmt: skip
+    except (ValueError, OSError) as error:
+        raise QueryError(explain(error, "query", dataset.schema.names)) from error
+    return scanner, hidden
+
+
+def _lap(report: Report, stage: str, start: float) -> float:
+    now = time.perf_counter()
+    report.seconds[stage] = now - start
+    return now

@@ -1,0 +1,270 @@
+"""Our searches and lancedb's, over the very same table folder: columns, types, values, errors."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lance
+import lancedb
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from lancedb.query import ColumnOrdering
+
+from gpu_lance.index import ColumnIndex
+from gpu_lance.query import search
+
+N, D = 60, 8
+VECTORS = np.random.default_rng(5).standard_normal((N, D)).astype(np.float32)
+Q = VECTORS[7] + np.float32(0.01)
+BATCH = VECTORS[[3, 11, 40]] + np.float32(0.02)
+
+
+class Target:
+    """A table as a search sees it, with an embedder that hashes its texts."""
+
+    embedding_functions: ClassVar[dict[str, Any]] = {}
+    device = torch.device("cpu")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = path.stem
+        self.indexes: dict[str, ColumnIndex] = {}
+
+    @property
+    def schema(self) -> pa.Schema:
+        return self.dataset().schema
+
+    def dataset(self) -> lance.LanceDataset:
+        return lance.dataset(str(self.path))
+
+    def column_index(self, column: str) -> ColumnIndex:
+        if column not in self.indexes:
+            ndims = self.schema.field(column).type.list_size
+            self.indexes[column] = ColumnIndex(column, ndims, self.device)
+        return self.indexes[column]
+
+    def embed_query(self, column: str, items: list[Any]) -> torch.Tensor:
+        raise AssertionError("no text is searched for here")
+
+    def search(self, *args: Any, **kwargs: Any) -> Any:
+        return search(self, *args, **kwargs)
+
+
+def vectors(array: np.ndarray) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(array.ravel()), array.shape[1])
+
+
+def rows(n: int = N) -> pa.Table:
+    moment = datetime.datetime(2026, 1, 1)
+    table = pa.table(
+        {
+            "id": pa.array(range(n), pa.int64()),
+            "word": pa.array([None if i % 13 == 0 else f"w{i % 4}" for i in range(n)]),
+            "pair": pa.array(
+                [{"a": i, "b": {"c": float(i)}} for i in range(n)],
+                pa.struct([("a", pa.int32()), ("b", pa.struct([("c", pa.float64())]))]),
+            ),
+            "kind": pa.array([f"k{i % 3}" for i in range(n)]).dictionary_encode(),
+            "my col": pa.array(range(n), pa.int32()),
+            "Upper": pa.array([i / 2 for i in range(n)], pa.float32()),
+            "tags": pa.array([[f"t{i}"] * (i % 3) for i in range(n)], pa.list_(pa.string())),
+            "at": pa.array(
+                [moment + datetime.timedelta(hours=i) for i in range(n)], pa.timestamp("us")
+            ),
+            "raw": pa.array([bytes([i]) for i in range(n)], pa.binary()),
+            "vector": vectors(VECTORS[:n]),
+        }
+    )
+    fields = [field.with_nullable(False) if field.name == "id" else field for field in table.schema]
+    return table.cast(pa.schema(fields, metadata={b"made": b"here"}))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("db")
+    table = rows()
+    blob = pa.schema(
+        [
+            pa.field("blob", pa.large_binary(), metadata={b"lance-encoding:blob": b"true"}),
+            pa.field("vector", pa.list_(pa.float32(), D)),
+        ]
+    )
+    blobs = pa.table({"blob": [bytes(i) for i in range(5)], "vector": vectors(VECTORS[:5])})
+    nulls = table.to_pydict()
+    nulls["vector"] = [None if i % 4 == 0 else VECTORS[i].tolist() for i in range(N)]
+    made = {
+        "plain": table,
+        "empty": table.slice(0, 0),
+        "nulls": pa.Table.from_pydict(nulls, table.schema),
+        "none": table.drop_columns(["vector"]),
+        "two": table.append_column("other", vectors(VECTORS[::-1])),
+        "two_lengths": table.append_column("short", vectors(np.ascontiguousarray(VECTORS[:, :3]))),
+        "doubles": pa.table({"vector": vectors(VECTORS.astype(np.float64))}),
+        "halves": pa.table({"vector": vectors(VECTORS.astype(np.float16))}),
+        "blobs": blobs.cast(blob),
+    }
+    for name, data in made.items():
+        version = "2.1" if name == "blobs" else None
+        lance.write_dataset(
+            data, str(path / f"{name}.lance"), enable_stable_row_ids=True,
+            data_storage_version=version,
+        )  # fmt: skip
+    lance.write_dataset(table, str(path / "unstable.lance"), max_rows_per_file=17)
+    lance.dataset(str(path / "unstable.lance")).delete("id % 5 = 0")
+    churned = lance.write_dataset(
+        table.take(list(range(30))), str(path / "churned.lance"), enable_stable_row_ids=True
+    )
+    churned.update({"word": "'updated'"}, where="id < 6")
+    churned.delete("id % 7 = 3")
+    churned.insert(table.take(list(range(30, N))))
+    churned.optimize.compact_files()
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair(folder: Path) -> Iterator[Callable[[str], tuple[Target, Any]]]:
+    database = lancedb.connect(str(folder))
+    opened: dict[str, tuple[Target, Any]] = {}
+
+    def get(name: str) -> tuple[Target, Any]:
+        if name not in opened:
+            opened[name] = (Target(folder / f"{name}.lance"), database.open_table(name))
+        return opened[name]
+
+    yield get
+    for ours, _ in opened.values():
+        for index in ours.indexes.values():
+            index.close()
+
+
+def check_same(ours: pa.Table, theirs: pa.Table) -> None:
+    assert ours.column_names == theirs.column_names
+    assert ours.schema.equals(theirs.schema, check_metadata=True), (ours.schema, theirs.schema)
+    assert ours.num_rows == theirs.num_rows
+    for name in ours.column_names:
+        mine, other = ours[name].combine_chunks(), theirs[name].combine_chunks()
+        if pa.types.is_float32(mine.type) and name.startswith("_d"):
+            np.testing.assert_allclose(mine.to_numpy(), other.to_numpy(), rtol=2e-5, atol=2e-6)
+        else:
+            assert mine.to_pylist() == other.to_pylist(), name
+
+
+def desc(name: str) -> list[ColumnOrdering]:
+    return [ColumnOrdering(column_name=name, ascending=False)]
+
+
+Build = Callable[[Any], Any]
+SAME: dict[str, Build] = {
+    "plain": lambda t: t.search(Q),
+    "list": lambda t: t.search(Q.tolist()),
+    "named": lambda t: t.search(Q, vector_column_name="vector", query_type="vector"),
+    "select": lambda t: t.search(Q).select(["word", "id"]),
+    "select none": lambda t: t.search(Q).select([]),
+    "select no dict": lambda t: t.search(Q).select({}),
+    "select distance": lambda t: t.search(Q).select(["_distance", "id"]),
+    "select row id": lambda t: t.search(Q).select(["_rowid", "id"]),
+    "select row id twice": lambda t: t.search(Q).select(["_rowid", "id"]).with_row_id(True),
+    "select again": lambda t: t.search(Q).select({"x": "id"}).select(["id"]),
+    "select nested": lambda t: t.search(Q).select(["pair.a", "pair.b.c", "id"]),
+    "select odd names": lambda t: t.search(Q).select(["my col", "Upper"]),
+    "select all kinds": lambda t: t.search(Q).select(["kind", "pair", "tags", "at", "raw"]),
+    "sql": lambda t: t.search(Q).select({"x": "id + 1", "y": "upper(word)", "k": "kind"}),
+    "sql constant": lambda t: t.search(Q).select({"x": "1", "y": "'a'"}),
+    "sql nested": lambda t: t.search(Q).select({"x": "pair.b.c * 2", "`y": "`my col`"}),
+    "sql distance": lambda t: t.search(Q).select({"_d": "_distance * 2", "id": "id"}),
+    "sql distance by name": lambda t: t.search(Q).select({"id": "id", "_distance": "_distance"}),
+    "sql distance taken": lambda t: t.search(Q).select({"_distance": "id"}),
+    "sql row id": lambda t: t.search(Q).select({"r": "_rowid", "_d": "_distance + id"}),
+    "sql row id taken": lambda t: t.search(Q).select({"_rowid": "id"}),
+    "sql row id both": lambda t: (
+        t.search(Q).select({"_rowid": "_rowid", "id": "id"}).with_row_id(True)
+    ),
+    "sql over a column": lambda t: t.search(Q).select({"vector": "id"}),
+    "row id": lambda t: t.search(Q).with_row_id(True),
+    "row id sql": lambda t: t.search(Q).select({"x": "id"}).with_row_id(True),
+    "no row id": lambda t: t.search(Q).with_row_id(True).with_row_id(False),
+    "limit": lambda t: t.search(Q).limit(3),
+    "limit numpy": lambda t: t.search(Q).limit(np.int64(3)),
+    "limit whole float": lambda t: t.search(Q).limit(3.0),
+    "limit all": lambda t: t.search(Q).limit(1_000_000),
+    "offset": lambda t: t.search(Q).limit(4).offset(3),
+    "offset no limit": lambda t: t.search(Q).offset(3),
+    "offset past the end": lambda t: t.search(Q).offset(1000),
+    "offset negative": lambda t: t.search(Q).offset(-2),
+    "offset none": lambda t: t.search(Q).offset(None),
+    "where": lambda t: t.search(Q).where("id < 25"),
+    "where false": lambda t: t.search(Q).where("id < 25", False).limit(7),
+    "where false by name": lambda t: t.search(Q).where("id < 25", prefilter=False).limit(7),
+    "where false offset": lambda t: t.search(Q).where("id < 40", False).limit(5).offset(2),
+    "where then false": lambda t: t.search(Q).where("id < 40", prefilter=False).where("id > 3"),
+    "where twice": lambda t: t.search(Q).where("id < 40").where("word = 'w1' OR word = 'w2'"),
+    "where null": lambda t: t.search(Q).where("word IS NULL"),
+    "where nothing": lambda t: t.search(Q).where("id > 1000"),
+    "where None": lambda t: t.search(Q).where(None),
+    "where row id": lambda t: t.search(Q).where("_rowid < 8"),
+    "where row id after": lambda t: t.search(Q).where("_rowid < 30", False),
+    "where distance after": lambda t: t.search(Q).where("_distance < 12.5 AND id > 2", False),
+    "where nested after": lambda t: t.search(Q).where("pair.b.c < 30.0 OR `my col` > 50", False),
+    "cosine": lambda t: t.search(Q).distance_type("cosine"),
+    "cosine upper": lambda t: t.search(Q).metric("COSINE"),
+    "dot": lambda t: t.search(Q).distance_type("dot").limit(20),
+    "range": lambda t: t.search(Q).distance_range(8.0, 14.0).limit(50),
+    "range lower": lambda t: t.search(Q).distance_range(lower_bound=10.0),
+    "range upper": lambda t: t.search(Q).distance_range(upper_bound=9.5).limit(50),
+    "range upside down": lambda t: t.search(Q).distance_range(9.0, 3.0),
+    "range none": lambda t: t.search(Q).distance_range(),
+    "settings": lambda t: t.search(Q).nprobes(5).refine_factor(2).ef(50).bypass_vector_index(),
+    "settings of zero": lambda t: t.search(Q).nprobes(0).refine_factor(0).ef(0),
+    "nprobes": lambda t: t.search(Q).minimum_nprobes(2).maximum_nprobes(0),
+    "order": lambda t: t.search(Q).order_by(desc("id")).limit(6),
+    "order offset": lambda t: t.search(Q).order_by(desc("id")).limit(6).offset(2),
+    "order not selected": lambda t: t.search(Q).order_by(desc("id")).select(["word"]),
+    "order two": lambda t: (
+        t.search(Q)
+        .order_by([ColumnOrdering(column_name="word", nulls_first=True), *desc("id")])
+        .limit(30)
+    ),
+    "order and filter": lambda t: t.search(Q).order_by(desc("id")).where("id < 30", False),
+    "order none": lambda t: t.search(Q).order_by(None),
+    "batch": lambda t: t.search(BATCH).limit(4),
+    "batch lists": lambda t: t.search(BATCH.tolist()).limit(4).select(["id"]),
+    "batch of arrays": lambda t: t.search(list(BATCH)).limit(4).select(["id"]),
+    "batch of one": lambda t: t.search(BATCH[:1]).limit(4),
+    "batch row id": lambda t: t.search(BATCH).limit(4).select(["id"]).with_row_id(True),
+    "batch query": lambda t: t.search(BATCH).limit(4).select(["id", "query_index"]),
+    "batch sql": lambda t: t.search(BATCH).limit(4).select({"x": "id * 2"}),
+    "batch filter": lambda t: t.search(BATCH).limit(4).where("id > 20"),
+    "batch filter after": lambda t: t.search(BATCH).limit(9).where("id > 20", prefilter=False),
+    "batch range": lambda t: t.search(BATCH).limit(40).distance_range(5.0, 9.0),
+    "batch all": lambda t: t.search(BATCH).limit(500).select(["id"]),
+    "no query": lambda t: t.search(),
+    "no query limit": lambda t: t.search().limit(7),
+    "no query limit 0": lambda t: t.search().limit(0),
+    "no query limit -1": lambda t: t.search().limit(-1),
+    "no query offset": lambda t: t.search().offset(12).limit(5),
+    "no query where": lambda t: t.search().where("id < 25").where("id > 3"),
+    "no query where after": lambda t: t.search().where("id > 5", prefilter=False).limit(3),
+    "no query row id": lambda t: t.search().with_row_id(True),
+    "no query select": lambda t: t.search().select(["word", "_rowid", "pair.a"]),
+    "no query select row id": lambda t: t.search().select(["word"]).with_row_id(True),
+    "no query select none": lambda t: t.search().select([]).with_row_id(True),
+    "no query sql": lambda t: t.search().select({"x": "id + 1"}).with_row_id(True),
+    "no query order": lambda t: t.search().order_by(desc("id")).limit(9).offset(2),
+    "no query order two": lambda t: t.search().order_by(
+        [ColumnOrdering(column_name="word", nulls_first=True), *desc("id")]
+    ),
+    "no query order none": lambda t: t.search().order_by([]).limit(3),
+    "no query fts": lambda t: t.search(None, query_type="fts"),
+}
+
+
+@pytest.mark.parametrize("table", ["plain", "empty", "churned", "unstable"])
+@pytest.mark.parametrize("case", SAME)
+def test_same_result(pair: Callable[[str], tuple[Target, Any]], table: str, case: str) -> None:
+    ours, theirs = pair(table)
+    check_same(SAME[case](ours).to_arrow(), SAME[case](theirs).to_arrow())
