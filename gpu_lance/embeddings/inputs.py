@@ -44,3 +44,27 @@ def as_list(items: Any) -> list[Any]:
     if isinstance(items, Iterable) and not hasattr(items, "__array_interface__"):
         return list(items)
     return [items]
+
+
+def text_fault(item: Any) -> str | None:
+    """Return why `item` is no text that a tokenizer can take, or None if it is.
+
+    Examples
+    --------
+    >>> text_fault("fine"), text_fault(3)
+    (None, 'it is a int, not text')
+    >>> text_fault(chr(0xD800))
+    'it holds a lone surrogate at character 0, which is no text; decode the bytes again'
+    """
+    if not isinstance(item, str):
+        return f"it is a {type(item).__name__}, not text"
+    if item.isascii():
+        return None
+    try:
+        item.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return (
+            f"it holds a lone surrogate at character {error.start}, which is no text; decode the "
+            "bytes again"
+        )
+    return None

