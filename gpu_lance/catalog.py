@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,12 +29,10 @@ def checked_name(name: Any) -> str:
     >>> checked_name("my-table")
     'my-table'
     """
-    if isinstance(name, str) and name and all(c.isalnum() or c in "_-." for c in name):
-        if name.strip("."):
-            return name
+    if isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_.-]+", name) and name.strip("."):
+        return name
     raise BadInputError(
-        f"{name!r} is no name for a table; use letters, digits, '_', '-' and '.', beginning with "
-        "one of the first two." if isinstance(name, str) else f"A table's name is a str, got {name!r}."
+        f"{name!r} is no name for a table: it is made of letters, digits, '_', '-' and '.'."
     )
 
 

@@ -222,8 +222,7 @@ class LanceDBConnection:
             return self._existing(name, schema if schema is not None else data, storage_options)
         planned = plan_table(data, schema, embedding_functions)
         functions = planned.functions
-        pairs = {key: (conf.function, conf.source_column) for key, conf in functions.items()}
-        columns = vector_columns(planned.schema, pairs)
+        columns = vector_columns(planned.schema, functions)
         indexes = ResidentIndexes(self._wanted_device)
         with progress_callback(progress, planned.source.num_rows) as report:
             run = Pipeline(planned.schema, columns, policy, indexes, report)

@@ -51,6 +51,17 @@ def first_line(error: BaseException) -> str:
     return text.split(", /home/")[0].split(", /rust")[0].removeprefix("LanceError").strip()
 
 
+def operation_of(dataset: lance.LanceDataset) -> str | None:
+    """What made the dataset's version, e.g. ``"Append"``; None if that is not known."""
+    try:
+        # on a handle of its own, since Lance locks the handle for it
+        own = dataset.checkout_version(dataset.version)
+        transaction = own.read_transaction(own.version)
+    except (OSError, RuntimeError, ValueError):
+        return None
+    return None if transaction is None else type(transaction.operation).__name__
+
+
 @dataclass
 class ChangedRows:
     """Which rows of a version get new values.
@@ -255,11 +266,11 @@ class Storage:
 
         An exception of the iterator passes through, and nothing is committed.
         """
-        return self._committed(_write(data, schema, self.writable(), mode="append"))
+        return self._committed(_write(data, schema, self._own_handle(), mode="append"))
 
     def overwrite(self, data: Iterator[pa.RecordBatch], schema: pa.Schema) -> lance.LanceDataset:
         """Replace all rows and the schema, its metadata included, in one version."""
-        return self._committed(_write(data, schema, self.writable(), mode="overwrite"))
+        return self._committed(_write(data, schema, self._own_handle(), mode="overwrite"))
 
     def replace_rows(
         self,
@@ -372,7 +383,7 @@ class Storage:
         return result
 
     def _own_handle(self) -> lance.LanceDataset:
-        """A handle that may move on to the version it commits, while others read from theirs."""
+        """A handle for one write: Lance locks it meanwhile and moves it on to the new version."""
         dataset = self.writable()
         return dataset.checkout_version(dataset.version)
 

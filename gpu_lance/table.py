@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import threading
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from gpu_lance.embeddings import EmbeddingFunctionConfig, calls, fingerprint, get_registry
-from gpu_lance.errors import BadInputError, QueryError, UnknownColumnError
+from gpu_lance.errors import BadInputError, GpuLanceError, QueryError, UnknownColumnError
 from gpu_lance.index.config import Flat
 from gpu_lance.index.resident import ResidentIndexes
 from gpu_lance.ingest.embed import Policy, VectorColumn, vector_columns
@@ -21,7 +22,7 @@ from gpu_lance.ingest.read import Source, read
 from gpu_lance.ingest.rewrite import rewritten, touched
 from gpu_lance.ingest.tables import Planned, plan_table
 from gpu_lance.query import sql
-from gpu_lance.storage import ChangedRows, Storage, first_line
+from gpu_lance.storage import ChangedRows, Storage, first_line, operation_of
 from gpu_lance.types import (
     AddResult,
     DeleteResult,
@@ -475,8 +476,9 @@ class Table:
     def _asked(self, call: Callable[[], Any]) -> Any:
         try:
             return call()
-        except ValueError as error:
-            if isinstance(error, QueryError):
+        except (ValueError, OSError) as error:
+            invalid = isinstance(error, ValueError) or "Invalid user input" in str(error)
+            if isinstance(error, GpuLanceError) or not invalid:
                 raise
             raise QueryError(f"The filter cannot be run: {first_line(error)}") from error
 
@@ -490,21 +492,19 @@ class Table:
     def _columns(
         self, schema: pa.Schema, functions: Mapping[str, EmbeddingFunctionConfig]
     ) -> list[VectorColumn]:
-        for name, config in functions.items():
-            self._check_fingerprint(schema, name, config)
         cosine = {
             name
             for name, config in _index_configs(schema).items()
             if config.get("distance_type") == Metric.COSINE
         }
-        pairs = {name: (conf.function, conf.source_column) for name, conf in functions.items()}
-        return vector_columns(schema, pairs, frozenset(cosine))
+        check = functools.partial(self._check_fingerprint, schema)
+        return vector_columns(schema, functions, frozenset(cosine), check)
 
     def _check_fingerprint(
         self, schema: pa.Schema, column: str, config: EmbeddingFunctionConfig
     ) -> None:
         metadata = schema.metadata or {}
-        key = (column, metadata.get(fingerprint.KEY), _functions_key(schema))
+        key = (column, metadata.get(fingerprint.METADATA_KEY), _functions_key(schema))
         if key in self._checked:
             return
         stored = fingerprint.read(metadata).get(column)
@@ -557,15 +557,14 @@ def new_row_ids(dataset: lance.LanceDataset) -> Any:
     """
     old: set[int] = set()
     if dataset.version > 1:
-        try:
-            transaction = dataset.read_transaction(dataset.version)
-            name = type(getattr(transaction, "operation", None)).__name__
-            if name == "Append":
+        operation = operation_of(dataset)
+        if operation == "Append":
+            try:
                 before = dataset.checkout_version(dataset.version - 1)
-                old = {fragment.fragment_id for fragment in before.get_fragments()}
-            elif name != "Overwrite":
+            except (OSError, RuntimeError, ValueError):
                 return None
-        except (OSError, RuntimeError, ValueError):
+            old = {fragment.fragment_id for fragment in before.get_fragments()}
+        elif operation != "Overwrite":
             return None
     fragments = [f for f in dataset.get_fragments() if f.fragment_id not in old]
     if not fragments:

@@ -16,6 +16,7 @@ from gpu_lance.index.base import SearchResult, VectorIndex
 from gpu_lance.index.flat import FlatIndex, block_bytes
 from gpu_lance.index.sync import Changes, Mark, changes, matching_row_ids, read_vectors
 from gpu_lance.optional import require
+from gpu_lance.storage import operation_of
 from gpu_lance.types import Metric
 
 if TYPE_CHECKING:
@@ -287,7 +288,7 @@ class ColumnIndex:
         with self._lock:
             start = time.perf_counter()
             wanted = Mark.of(dataset, self.column)
-            operation = _operation(dataset)
+            operation = operation_of(dataset)
             if wanted.version != before + 1 or operation not in ("Append", "Overwrite"):
                 return
             try:
@@ -378,12 +379,3 @@ class ColumnIndex:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _operation(dataset: lance.LanceDataset) -> str | None:
-    """What made the dataset's version, e.g. ``"Append"``; None if that is not known."""
-    try:
-        transaction = dataset.read_transaction(dataset.version)
-    except (OSError, RuntimeError, ValueError):
-        return None
-    return None if transaction is None else type(transaction.operation).__name__

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from gpu_lance.device import HostCopy, start_host_copy
-from gpu_lance.embeddings import EmbeddingFunction, calls
+from gpu_lance.embeddings import EmbeddingFunction, EmbeddingFunctionConfig, calls
 from gpu_lance.errors import BadInputError, BadVectorError, SchemaError
 from gpu_lance.ingest.align import align
 from gpu_lance.ingest.lists import valid_rows
@@ -42,6 +44,8 @@ class VectorColumn:
         The column that the function embeds.
     zero_is_bad : bool
         Whether a vector of zeros is bad: the column is searched by cosine.
+    check : callable, optional
+        Called before the function is used; it raises if its vectors would not fit the column's.
     """
 
     name: str
@@ -49,6 +53,7 @@ class VectorColumn:
     function: EmbeddingFunction | None = None
     source: str | None = None
     zero_is_bad: bool = False
+    check: Callable[[], None] | None = None
 
     @property
     def ndims(self) -> int:
@@ -103,6 +108,22 @@ class Embedded:
     parts: list[tuple[VectorColumn, np.ndarray, Embeddings, HostCopy]] = field(default_factory=list)
 
 
+def check_sources(names: Sequence[str], columns: Sequence[VectorColumn]) -> None:
+    """Refuse data with the columns `names` that has neither a vector nor what it is made from.
+
+    Raises
+    ------
+    SchemaError
+    """
+    for column in columns:
+        if column.function is None or column.name in names or column.source in names:
+            continue
+        raise SchemaError(
+            f"Column {column.name!r} is embedded from {column.source!r}, and the data has neither; "
+            f"it has {', '.join(names) or 'no columns'}."
+        )
+
+
 def prepare(
     batch: pa.RecordBatch,
     schema: pa.Schema,
@@ -118,7 +139,7 @@ def prepare(
     Raises
     ------
     SchemaError
-        If a vector is missing and its source column is too.
+        For columns that do not fit.
     BadInputError, BadVectorError
         For values that do not fit, with their row.
     """
@@ -151,16 +172,12 @@ def prepare(
         rows = np.ones(batch.num_rows, bool) if absent else missing.get(column.name)
         if rows is None or not rows.any():
             continue
-        index = batch.schema.get_field_index(str(column.source))
-        if index < 0:
-            raise SchemaError(
-                f"Column {column.name!r} is embedded from {column.source!r}, and the data has "
-                f"neither the vectors nor the source; it has {', '.join(batch.schema.names)}."
-            )
-        source = batch.column(index)
+        source = batch.column(batch.schema.get_field_index(str(column.source)))
         rows = rows & valid_rows(source)
         if not rows.any():
             continue
+        if column.check is not None:
+            column.check()
         items = (source if rows.all() else source.filter(pa.array(rows))).to_pylist()
         prepared.wanted.append((column, rows, calls.prepare(column.function, items, Side.SOURCE)))
     return prepared
@@ -302,26 +319,29 @@ def _finished(batch: pa.RecordBatch, schema: pa.Schema, first_row: int) -> pa.Re
 
 def vector_columns(
     schema: pa.Schema,
-    functions: dict[str, tuple[EmbeddingFunction, str]],
+    functions: Mapping[str, EmbeddingFunctionConfig],
     cosine: frozenset[str] = frozenset(),
+    check: Callable[[str, EmbeddingFunctionConfig], None] | None = None,
 ) -> list[VectorColumn]:
     """The vector columns of a schema, with the function and source column of each.
 
     Parameters
     ----------
     schema : pyarrow.Schema
-    functions : dict of str to (EmbeddingFunction, str)
-        By vector column: the function, and its source column.
+    functions : mapping of str to EmbeddingFunctionConfig
+        By vector column.
     cosine : frozenset of str
         Columns in which a vector of zeros is bad.
+    check : callable, optional
+        Called with a column and its function before that is used.
 
     Raises
     ------
     SchemaError
         If a function's column is missing or no fixed-size list of floats.
     """
-    for name, (_, source) in functions.items():
-        for column in (name, source):
+    for name, config in functions.items():
+        for column in (name, config.source_column):
             if column not in schema.names:
                 raise SchemaError(
                     f"An embedding function is set for column {column!r}, which the table does "
@@ -334,9 +354,17 @@ def vector_columns(
             )
     found = []
     for field_ in schema:
-        if is_vector_type(field_.type):
-            function, source = functions.get(field_.name, (None, None))
-            found.append(
-                VectorColumn(field_.name, field_.type, function, source, field_.name in cosine)
+        if not is_vector_type(field_.type):
+            continue
+        name, zero_is_bad = field_.name, field_.name in cosine
+        own = functions.get(name)
+        if own is None:
+            found.append(VectorColumn(name, field_.type, zero_is_bad=zero_is_bad))
+            continue
+        checked = None if check is None else functools.partial(check, name, own)
+        found.append(
+            VectorColumn(
+                name, field_.type, own.function, own.source_column, zero_is_bad, checked
             )
+        )
     return found

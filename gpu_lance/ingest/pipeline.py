@@ -21,6 +21,7 @@ from gpu_lance.ingest.embed import (
     Policy,
     Prepared,
     VectorColumn,
+    check_sources,
     complete,
     embed,
     prepare,
@@ -167,7 +168,14 @@ class Pipeline:
 
         An error in any stage stops all of them and is raised here. Data of one batch runs without
         threads.
+
+        Raises
+        ------
+        SchemaError
+            If the data has neither a vector column nor the column that it is made from.
         """
+        if source.num_rows != 0:
+            check_sources(source.schema.names, self._columns)
         if source.num_rows is not None and source.num_rows <= MAX_ROWS:
             batches = [self._stored(self._embed(p)) for p in self._prepared(source)]
             with self._timed("write"):

@@ -123,8 +123,7 @@ def _changed(
         old_name = BEFORE + str(column.source)
         old = batch.column(old_name if old_name in batch.schema.names else str(column.source))
         arrays[at] = pc.if_else(pa.array(_same(old, new)), arrays[at], pa.nulls(n, column.type))
-    fields = [field.with_nullable(True) for field in schema]
-    return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields))
+    return pa.RecordBatch.from_arrays(arrays, names=schema.names)
 
 
 def _same(old: pa.Array, new: pa.Array) -> np.ndarray:

@@ -1,0 +1,186 @@
+"""Connections: names, creating, opening, dropping, and what is shared."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lance
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import gpu_lance
+from gpu_lance.db import LanceDBConnection, connect
+from gpu_lance.errors import (
+    BadInputError,
+    BadVectorError,
+    DeviceError,
+    SchemaError,
+    TableExistsError,
+    TableNotFoundError,
+)
+
+ROWS = [{"id": 1, "vector": [1.0, 2.0]}, {"id": 2, "vector": [3.0, 4.0]}]
+
+
+@pytest.fixture(params=["folder", "memory"])
+def db(request: pytest.FixtureRequest, tmp_path: Path) -> LanceDBConnection:
+    return connect("memory://" if request.param == "memory" else tmp_path / "db", device="cpu")
+
+
+def test_connect_is_public_and_makes_nothing(tmp_path: Path) -> None:
+    db = gpu_lance.connect(tmp_path / "new" / "db")
+    assert db.table_names() == [] and len(db) == 0
+    assert not (tmp_path / "new").exists()
+    assert db.uri == str(tmp_path / "new" / "db")
+
+
+@pytest.mark.parametrize("kwargs", [{"uri": None}, {"uri": "db://cloud"}, {"uri": "x", "api_key": "k"}])
+def test_places_that_cannot_be_connected_to(kwargs: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        connect(**kwargs)
+
+
+def test_a_file_is_no_database(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("x")
+    with pytest.raises(BadInputError, match="is a file"):
+        connect(tmp_path / "f")
+
+
+def test_a_relative_folder_stays_where_it_was(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    db = connect("./db", device="cpu")
+    db.create_table("t", ROWS)
+    os.makedirs("elsewhere")
+    monkeypatch.chdir("elsewhere")
+    assert db.table_names() == ["t"] and len(db["t"]) == 2
+    assert (tmp_path / "db" / "t.lance").is_dir()
+
+
+def test_tables_are_created_listed_opened_and_dropped(db: LanceDBConnection) -> None:
+    for name in ("b", "a", "c.d-e_f"):
+        db.create_table(name, ROWS)
+    assert db.table_names() == list(db) == ["a", "b", "c.d-e_f"]
+    assert db.table_names(limit=1) == ["a"] and db.table_names("a", 1) == ["b"]
+    assert len(db) == 3 and "a" in db and "z" not in db
+    assert db["a"].to_arrow()["id"].to_pylist() == [1, 2]
+    db.drop_table("a")
+    assert "a" not in db
+    with pytest.raises(TableNotFoundError, match="Table 'a' was not found"):
+        db.open_table("a")
+    with pytest.raises(ValueError, match="Table 'a' was not found"):
+        db.drop_table("a")
+    db.drop_table("a", ignore_missing=True)
+    db.drop_all_tables()
+    assert db.table_names() == []
+
+
+def test_a_taken_name(db: LanceDBConnection) -> None:
+    db.create_table("t", ROWS)
+    with pytest.raises(TableExistsError, match="Table 't' already exists"):
+        db.create_table("t", ROWS)
+    assert len(db.create_table("t", ROWS, exist_ok=True)) == 2
+    assert len(db.create_table("t", schema=db["t"].schema, exist_ok=True)) == 2
+    with pytest.raises(SchemaError, match="already exists with the columns"):
+        db.create_table("t", schema=pa.schema({"other": pa.int64()}), exist_ok=True)
+    other = db.create_table("t", [{"name": "x"}], mode="overwrite")
+    assert other.schema.names == ["name"] and db["t"].count_rows() == 1
+    with pytest.raises(ValueError, match="mode"):
+        db.create_table("t", ROWS, mode="append")
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".", "a b", "../x", "a\\b", "ü", None, 3])
+def test_names_that_no_table_can_have(db: LanceDBConnection, name: Any) -> None:
+    for call in (lambda: db.create_table(name, ROWS), lambda: db.open_table(name)):
+        with pytest.raises(BadInputError, match="name for a table"):
+            call()
+    with pytest.raises(BadInputError, match="name for a table"):
+        db.drop_table(name)
+
+
+def test_a_table_needs_data_or_a_schema(db: LanceDBConnection) -> None:
+    with pytest.raises(ValueError, match="data or schema"):
+        db.create_table("t")
+    with pytest.raises(ValueError, match="no data and no schema"):
+        db.create_table("t", [])
+    with pytest.raises(TypeError, match="schema must be"):
+        db.create_table("t", schema={"a": "int"})
+    assert db.table_names() == []
+
+
+def test_data_that_does_not_fit_makes_no_table(db: LanceDBConnection) -> None:
+    with pytest.raises(BadVectorError):
+        db.create_table("t", [{"vector": [1.0, 2.0]}, {"vector": [1.0, float("nan")]}])
+    assert db.table_names() == [] and "t" not in db
+    assert len(db.create_table("t", ROWS)) == 2
+
+
+def test_a_schema_alone_makes_an_empty_table(db: LanceDBConnection) -> None:
+    schema = pa.schema({"id": pa.int64(), "vector": pa.list_(pa.float32(), 2)})
+    for given in ({"schema": schema}, {"data": schema}):
+        table = db.create_table("t", mode="overwrite", **given)
+        assert len(table) == 0 and table.schema == schema
+    table.add(ROWS)
+    assert len(table) == 2
+
+
+def test_the_data_of_a_new_table_decides_its_columns(db: LanceDBConnection) -> None:
+    table = db.create_table("t", {"n": [1, 2], "vector": np.ones((2, 4), np.float32)})
+    assert table.schema.field("vector").type == pa.list_(pa.float32(), 4)
+    assert table.version == 1
+
+
+def test_tables_are_ordinary_lance_datasets(tmp_path: Path) -> None:
+    connect(tmp_path, device="cpu").create_table("t", ROWS)
+    dataset = lance.dataset(str(tmp_path / "t.lance"))
+    assert dataset.count_rows() == 2 and dataset.has_stable_row_ids
+    lance.write_dataset(pa.table({"x": [1]}), str(tmp_path / "other.lance"))
+    db = connect(tmp_path, device="cpu")
+    assert db.table_names() == ["other", "t"] and db["other"].head().to_pylist() == [{"x": 1}]
+
+
+def test_a_file_uri_is_a_folder(tmp_path: Path) -> None:
+    db = connect(f"file://{tmp_path}/db", device="cpu")
+    db.create_table("t", ROWS)
+    assert (tmp_path / "db" / "t.lance").is_dir() and db.table_names() == ["t"]
+
+
+def test_handles_of_one_connection_share_the_index(db: LanceDBConnection) -> None:
+    first, second = db.create_table("t", ROWS), db.open_table("t")
+    assert first.column_index("vector") is second.column_index("vector")
+    db.close()
+    assert first.column_index("vector").info()["rows"] == 0
+
+
+def test_a_device_that_is_not_there_is_an_error_when_it_is_used(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    db = connect(tmp_path, device="cuda")
+    table = db.create_table("t", ROWS)
+    with pytest.raises(DeviceError, match="cuda"):
+        _ = table.device
+
+
+def test_memory_is_not_shared_between_connections() -> None:
+    one, two = connect("memory://", device="cpu"), connect("memory://", device="cpu")
+    one.create_table("t", ROWS)
+    assert "t" not in two
+    two.create_table("t", ROWS[:1])
+    assert (len(one["t"]), len(two["t"])) == (2, 1)
+    one.drop_table("t")
+    one.create_table("t", ROWS[:1])
+    assert one["t"].version == 1
+
+
+def test_a_read_interval_is_honoured(tmp_path: Path) -> None:
+    connect(tmp_path, device="cpu").create_table("t", ROWS)
+    patient = connect(tmp_path, read_consistency_interval=timedelta(hours=1), device="cpu")
+    table = patient.open_table("t")
+    assert len(table) == 2
+    connect(tmp_path, device="cpu")["t"].add(ROWS)
+    assert len(table) == 2
+    assert len(connect(tmp_path, device="cpu")["t"]) == 4
