@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gpu_lance.query.base import LanceQueryBuilder
     from gpu_lance.query.builder import (
         LanceEmptyQueryBuilder,
-        LanceQueryBuilder,
         LanceVectorQueryBuilder,
         search,
     )
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "ColumnOrdering": "spec",
     "LanceEmptyQueryBuilder": "builder",
-    "LanceQueryBuilder": "builder",
+    "LanceQueryBuilder": "base",
     "LanceVectorQueryBuilder": "builder",
     "SearchTarget": "source",
     "search": "builder",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -118,8 +118,6 @@ class Report:
         Of the table.
     k : int
         How many rows the index was asked for, of each query.
-    index : dict
-        What the index held when it was done; see ``ColumnIndex.info``.
     found, returned : int
         Rows before and after a filter on the result, and paging.
     seconds : dict of str to float
@@ -128,10 +126,32 @@ class Report:
 
     version: int = 0
     k: int = 0
-    index: dict[str, Any] = field(default_factory=dict)
     found: int = 0
     returned: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a vector search, and what is needed to go on from it.
+
+    Parameters
+    ----------
+    table : pyarrow.Table
+    row_ids : numpy.ndarray
+        (n,) int64, of the table's rows.
+    dataset : lance.LanceDataset
+        At the version that was searched.
+    queries : torch.Tensor
+        (m, d) on the device, for another run of the same queries.
+    report : Report
+    """
+
+    table: pa.Table
+    row_ids: np.ndarray
+    dataset: lance.LanceDataset
+    queries: torch.Tensor
+    report: Report
 
 
 def embed(target: SearchTarget, spec: VectorSpec) -> torch.Tensor:
@@ -164,16 +184,15 @@ def nearest(
     report: Report,
 ) -> Found:
     """The nearest rows of each query, filtered, ordered and paged."""
-    limit = dataset.count_rows() if spec.limit is None else spec.limit
+    rows = dataset.count_rows()
+    limit = rows if spec.limit is None else spec.limit
     # the clamp keeps a limit of a billion from reserving room for as many
-    k = report.k = max(1, min(limit + spec.offset, dataset.count_rows()))
-    index = target.column_index(spec.column)
-    result = index.search(
+    k = report.k = max(1, min(limit + spec.offset, rows))
+    result = target.column_index(spec.column).search(
         dataset, queries, k, spec.metric,
         where=spec.where if spec.prefilter else None, lower=spec.lower, upper=spec.upper,
     )  # fmt: skip
     report.version = dataset.version
-    report.index = index.info()
     counts = result.counts
     kept = result.row_ids >= 0
     found = Found(
@@ -194,7 +213,7 @@ def nearest(
 
 def search(
     target: SearchTarget, spec: VectorSpec, queries: torch.Tensor | None, deadline: Deadline
-) -> tuple[pa.Table, torch.Tensor, Report]:
+) -> Outcome:
     """Run a vector search.
 
     Parameters
@@ -207,10 +226,7 @@ def search(
 
     Returns
     -------
-    table : pyarrow.Table
-    queries : torch.Tensor
-        The query vectors, for another run.
-    report : Report
+    Outcome
 
     Raises
     ------
@@ -234,7 +250,7 @@ def search(
     _lap(report, "fetch", start)
     deadline.check("fetching rows from Lance")
     report.returned = table.num_rows
-    return table, queries, report
+    return Outcome(table, found.row_ids, dataset, queries, report)
 
 
 def projection_of(spec: VectorSpec, dataset: lance.LanceDataset) -> Projection:
@@ -287,7 +303,7 @@ def fetch(dataset: lance.LanceDataset, found: Found, projection: Projection) -> 
 
 
 def scan(
-    target: SearchTarget, spec: QuerySpec, batch_size: int | None, deadline: Deadline
+    dataset: lance.LanceDataset, spec: QuerySpec, batch_size: int | None, deadline: Deadline
 ) -> pa.RecordBatchReader:
     """The rows of a table that meet a condition, without a search.
 
@@ -298,50 +314,62 @@ def scan(
     QueryTimeoutError
         While reading, if the deadline passes.
     """
-    dataset = target.dataset()
-    scanner, hidden = scanner_of(dataset, spec, batch_size)
+    scanner = scanner_of(dataset, spec, batch_size)
+    names = dataset.schema.names
+    schema = scan_schema(scanner, spec)
     try:
         reader = scanner.to_reader()
-        schema = reader.schema
     except (ValueError, OSError) as error:
-        raise QueryError(explain(error, "query", dataset.schema.names)) from error
-    kept = [name for name in schema.names if not (hidden and name == ROW_ID)]
-    wanted = pa.schema([schema.field(name) for name in kept], metadata=schema.metadata)
+        raise QueryError(explain(error, "query", names)) from error
 
     def batches() -> Iterator[pa.RecordBatch]:
-        try:
-            for batch in reader:
-                deadline.check("reading rows from Lance")
-                yield batch.select(kept)
-        except (ValueError, OSError) as error:
-            if isinstance(error, (QueryError, QueryTimeoutError)):
-                raise
-            raise QueryError(explain(error, "query", dataset.schema.names)) from error
+        while True:
+            deadline.check("reading rows from Lance")
+            try:
+                batch = reader.read_next_batch()
+            except StopIteration:
+                return
+            except (ValueError, OSError) as error:
+                raise QueryError(explain(error, "query", names)) from error
+            yield batch.select(schema.names)
 
-    return pa.RecordBatchReader.from_batches(wanted, batches())
+    return pa.RecordBatchReader.from_batches(schema, batches())
+
+
+def scan_schema(scanner: lance.LanceScanner, spec: QuerySpec) -> pa.Schema:
+    """The schema of a scan's result: without the row id, if only the ordering needed it."""
+    schema = scanner.projected_schema
+    if spec.row_id or not spec.order_by or (spec.columns and ROW_ID in spec.columns):
+        return schema
+    return pa.schema([field for field in schema if field.name != ROW_ID], schema.metadata)
 
 
 def scanner_of(
     dataset: lance.LanceDataset, spec: QuerySpec, batch_size: int | None = None
-) -> tuple[lance.LanceScanner, bool]:
-    """Lance's scanner for a query without vectors, and whether its row ids are to be hidden."""
+) -> lance.LanceScanner:
+    """Lance's scanner for a query without vectors.
+
+    Raises
+    ------
+    QueryError
+        If what was asked for does not fit the table.
+    """
     projection = project(spec.columns, dataset.schema, row_id=spec.row_id)
-    order = [
+    order: list[LanceOrdering | str] = [
         LanceOrdering(key.column_name, ascending=key.ascending, nulls_first=key.nulls_first)
         for key in spec.order_by
     ]
     # Lance orders by a column that is not selected only where it may fetch by row id
-    hidden = bool(order) and ROW_ID not in projection.output
+    row_id = spec.row_id or (bool(order) and ROW_ID not in projection.output)
     read = projection.read
     try:
-        scanner = dataset.scanner(
+        return dataset.scanner(
             columns=dict(read) if isinstance(read, dict) else list(read),
             filter=spec.where, limit=spec.limit, offset=spec.offset or None,
-            with_row_id=spec.row_id or hidden, order_by=order or None, batch_size=batch_size,
+            with_row_id=row_id, order_by=order or None, batch_size=batch_size,
         )  # fmt: skip
     except (ValueError, OSError) as error:
         raise QueryError(explain(error, "query", dataset.schema.names)) from error
-    return scanner, hidden
 
 
 def _lap(report: Report, stage: str, start: float) -> float:

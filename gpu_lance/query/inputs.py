@@ -124,7 +124,7 @@ def parse_queries(query: Any) -> Queries:
         return _from_list(list(query))
     if isinstance(query, np.ndarray) or hasattr(query, "__dlpack__"):
         return _from_array(query)
-    if isinstance(query, numbers.Number) or isinstance(query, (dict, set)):
+    if isinstance(query, (numbers.Number, dict, set)):
         raise QueryTypeError(
             f"A {type(query).__name__} is no query; pass a vector, a text, or a list of either."
         )

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import lance
 
     from gpu_lance.query.execution import Report
     from gpu_lance.query.spec import VectorSpec
 
 
-def describe(spec: VectorSpec, report: Report, dataset: lance.LanceDataset, verbose: bool) -> str:
+def describe(
+    spec: VectorSpec,
+    report: Report,
+    index: Mapping[str, Any],
+    dataset: lance.LanceDataset,
+    verbose: bool,
+) -> str:
     """How a search ran, one thing a line.
 
     Parameters
@@ -19,16 +27,18 @@ def describe(spec: VectorSpec, report: Report, dataset: lance.LanceDataset, verb
     spec : VectorSpec
     report : Report
         Of the search.
+    index : mapping
+        What the index holds; see ``ColumnIndex.info``.
     dataset : lance.LanceDataset
     verbose : bool
         Also sizes and times.
     """
-    index = report.index
     refresh = index["refresh"]
     why = f" ({refresh['reason']})" if refresh["reason"] else ""
+    asked = f"k={report.k} (limit={spec.limit}, offset={spec.offset})"
     lines = [
-        f"VectorSearch: column={spec.column}, metric={spec.metric}, k={report.k} "
-        f"(limit={spec.limit}, offset={spec.offset}), queries={spec.queries.kind()}",
+        f"VectorSearch: column={spec.column}, metric={spec.metric}, {asked}",
+        f"  Queries: {spec.queries.kind()}",
         f"  Device: {index['device']}",
         f"  Engine: {index['engine']} ({index['reason']}), exact",
         f"  Rows: held={index['rows']}, scanned={index['scanned']}, found={report.found}",

@@ -10,6 +10,10 @@ import pyarrow as pa
 from gpu_lance.errors import MissingExtraError, QueryError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import lance
+    import numpy as np
     import pandas as pd
     import polars as pl
 
@@ -46,16 +50,62 @@ def flattened(table: pa.Table, flatten: int | bool | None) -> pa.Table:
     return table
 
 
-def to_pandas(table: pa.Table, flatten: int | bool | None, **options: Any) -> pd.DataFrame:
+def to_pandas(
+    table: pa.Table,
+    flatten: int | bool | None = None,
+    blobs: Mapping[str, list[Any]] | None = None,
+    **options: Any,
+) -> pd.DataFrame:
     """A pandas DataFrame; each vector is a numpy array.
+
+    Parameters
+    ----------
+    table : pyarrow.Table
+    flatten : int, bool or None
+        See :func:`flattened`.
+    blobs : mapping of str to list, optional
+        Values to put in the place of a blob column's descriptions.
+    **options
+        For ``pyarrow.Table.to_pandas``.
 
     Raises
     ------
     MissingExtraError
         If pandas is not installed.
     """
-    _installed("pandas")
-    return flattened(table, flatten).to_pandas(**options)
+    pandas = _installed("pandas")
+    for name in blobs or {}:
+        place = table.column_names.index(name)
+        table = table.set_column(place, name, pa.nulls(table.num_rows))
+    frame = flattened(table, flatten).to_pandas(**options)
+    for name, values in (blobs or {}).items():
+        frame[name] = pandas.Series(values, index=frame.index, dtype=object)
+    return frame
+
+
+def blob_columns(schema: pa.Schema, names: Sequence[str]) -> list[str]:
+    """Those of the columns that Lance stores as blobs and returns as descriptions."""
+    known = set(schema.names)
+    return [name for name in names if name in known and _is_blob(schema.field(name))]
+
+
+def fetch_blobs(
+    dataset: lance.LanceDataset, row_ids: np.ndarray, columns: Sequence[str], as_bytes: bool
+) -> dict[str, list[Any]]:
+    """The blobs of those rows, as files to read from or as bytes; None where one is null."""
+    ids = row_ids.tolist()
+    found = {name: dataset.take_blobs(name, ids=ids) if ids else [] for name in columns}
+    if not as_bytes:
+        return found
+    return {
+        name: [None if file is None else file.readall() for file in files]
+        for name, files in found.items()
+    }
+
+
+def _is_blob(field: pa.Field) -> bool:
+    marked = (field.metadata or {}).get(b"lance-encoding:blob") == b"true"
+    return marked or getattr(field.type, "extension_name", None) == "lance.blob.v2"
 
 
 def to_polars(table: pa.Table) -> pl.DataFrame:
