@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -328,6 +328,20 @@ class Storage:
             return self._committed(
                 lance.LanceDataset.commit(base, operation, read_version=base.version)
             )
+
+    def merge(
+        self,
+        on: list[str],
+        data: Iterator[pa.RecordBatch],
+        schema: pa.Schema,
+        apply: Callable[[Any, pa.RecordBatchReader], dict[str, int]],
+    ) -> tuple[lance.LanceDataset, dict[str, int]]:
+        """Commit a merge by key; `apply` gets Lance's builder and the data, and returns counts."""
+        dataset = self._own_handle()
+        with self._conflicts(), _errors_of(data) as stream:
+            reader = pa.RecordBatchReader.from_batches(schema, stream)
+            counts = apply(dataset.merge_insert(on), reader)
+        return self._committed(dataset), counts
 
     def delete(self, where: str) -> lance.LanceDataset:
         """Commit the deletion of the rows for which `where` holds."""

@@ -21,6 +21,7 @@ from gpu_lance.ingest.progress import progress_callback
 from gpu_lance.ingest.read import Source, read
 from gpu_lance.ingest.rewrite import rewritten, touched
 from gpu_lance.ingest.tables import Planned, plan_table
+from gpu_lance.merge import LanceMergeInsertBuilder, MergeResult, merged_source
 from gpu_lance.query import sql
 from gpu_lance.storage import ChangedRows, Storage, first_line, operation_of
 from gpu_lance.types import (
@@ -408,6 +409,38 @@ class Table:
         )
         self.last_report = run.report
         return UpdateResult(len(changed.row_ids), int(dataset.version))
+
+    def merge_insert(self, on: str | Sequence[str]) -> LanceMergeInsertBuilder:
+        """Describe an update and insert by key; see :class:`LanceMergeInsertBuilder`.
+
+        Parameters
+        ----------
+        on : str or sequence of str
+            The key columns.
+        """
+        return LanceMergeInsertBuilder(self, [on] if isinstance(on, str) else list(on))
+
+    def _merge(self, on: list[str], data: Any, policy: Policy, apply: Any) -> MergeResult:
+        base = self._storage.writable()
+        functions = self._configs(base.schema)
+        sources = {name: config.source_column for name, config in functions.items()}
+        source, schema = merged_source(data, base.schema, on, sources)
+        functions = {
+            name: config
+            for name, config in functions.items()
+            if name in schema.names and config.source_column in schema.names
+        }
+        run = Pipeline(schema, self._columns(schema, functions), policy, self._indexes)
+        dataset, counts = run.write(
+            source, lambda batches: self._storage.merge(on, batches, schema, apply)
+        )
+        self.last_report = run.report
+        return MergeResult(
+            int(dataset.version),
+            counts["num_updated_rows"],
+            counts["num_inserted_rows"],
+            counts["num_deleted_rows"],
+        )
 
     # -------------------------------------------------------------- versions
 
