@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, PrivateAttr
 from gpu_lance.embeddings.configured import Configured
 from gpu_lance.embeddings.inputs import as_list
 from gpu_lance.embeddings.retries import TIME_BUDGET, retry_with_exponential_backoff
+from gpu_lance.embeddings.vector_field import FilledLater
 from gpu_lance.errors import SchemaTypeError
 
 
@@ -83,8 +84,15 @@ class EmbeddingFunction(Configured, ABC):
         return self._marked_field("source_column_for", kwargs)
 
     def VectorField(self, **kwargs: Any) -> Any:  # noqa: N802  (LanceDB's name)
-        """Return a pydantic field that marks the column this function's vectors go to."""
-        return self._marked_field("vector_column_for", kwargs)
+        """Return a pydantic field that marks the column this function's vectors go to.
+
+        Its default is None, since the vector is made when the row is added.
+        """
+        if "default_factory" not in kwargs:
+            kwargs.setdefault("default", None)
+        field = self._marked_field("vector_column_for", kwargs)
+        field.metadata.append(FilledLater())
+        return field
 
     def _with_retries(self, call: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
         return retry_with_exponential_backoff(
