@@ -12,6 +12,7 @@ from gpu_lance.query import execution, plan, results
 from gpu_lance.query.base import LanceQueryBuilder
 from gpu_lance.query.columns import choose_column
 from gpu_lance.query.inputs import parse_queries
+from gpu_lance.query.messages import refused
 from gpu_lance.query.projection import ROW_ID
 from gpu_lance.query.settings import bound, seconds, whole
 from gpu_lance.query.spec import DEFAULT_LIMIT, QuerySpec, VectorSpec
@@ -89,7 +90,7 @@ def search(
         builder = LanceVectorQueryBuilder(target, VectorSpec(column=column, queries=queries))
     if ordering_field_name is not None:
         warnings.warn(
-            "ordering_field_name is deprecated; use .order_by().", DeprecationWarning, stacklevel=2
+            "ordering_field_name is deprecated; use .order_by().", DeprecationWarning, stacklevel=3
         )
         builder.order_by([ordering_field_name])
     return builder
@@ -280,18 +281,19 @@ class LanceEmptyQueryBuilder(LanceQueryBuilder):
 
     def output_schema(self) -> pa.Schema:
         """The schema of the result; reads no row."""
-        scanner = execution.scanner_of(self._target.dataset(), self._spec)
-        return execution.scan_schema(scanner, self._spec)
+        return execution.scan_schema(self._target.dataset(), self._spec)
 
     def explain_plan(self, verbose: bool | None = False) -> str:
         """Lance's plan for the scan."""
-        scanner = execution.scanner_of(self._target.dataset(), self._spec)
-        return scanner.explain_plan(bool(verbose))
+        dataset = self._target.dataset()
+        with refused("query", dataset.schema.names):
+            return execution.scanner_of(dataset, self._spec).explain_plan(bool(verbose))
 
     def analyze_plan(self) -> str:
         """Read the rows, and give Lance's plan with its measurements."""
-        scanner = execution.scanner_of(self._target.dataset(), self._spec)
-        return scanner.analyze_plan()
+        dataset = self._target.dataset()
+        with refused("query", dataset.schema.names):
+            return execution.scanner_of(dataset, self._spec).analyze_plan()
 
     def _rows(self, timeout: timedelta | None) -> tuple[pa.Table, lance.LanceDataset, np.ndarray]:
         dataset = self._target.dataset()

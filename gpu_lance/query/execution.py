@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 from lance.dataset import ColumnOrdering as LanceOrdering
 
-from gpu_lance.errors import EmbeddingError, QueryError, QueryTimeoutError
+from gpu_lance.errors import EmbeddingError, QueryTimeoutError
 from gpu_lance.query.inputs import check_finite
+from gpu_lance.query.messages import refused
 from gpu_lance.query.projection import (
     DISTANCE,
     QUERY_INDEX,
@@ -24,7 +25,7 @@ from gpu_lance.query.projection import (
     Projection,
     project,
 )
-from gpu_lance.query.scratch import Scratch, explain, mentioned, take
+from gpu_lance.query.scratch import Scratch, mentioned, take
 from gpu_lance.query.sql import words
 
 if TYPE_CHECKING:
@@ -315,30 +316,35 @@ def scan(
         While reading, if the deadline passes.
     """
     scanner = scanner_of(dataset, spec, batch_size)
+    schema = scan_schema(dataset, spec)
     names = dataset.schema.names
-    schema = scan_schema(scanner, spec)
-    try:
+    with refused("query", names):
         reader = scanner.to_reader()
-    except (ValueError, OSError) as error:
-        raise QueryError(explain(error, "query", names)) from error
 
     def batches() -> Iterator[pa.RecordBatch]:
         while True:
             deadline.check("reading rows from Lance")
             try:
-                batch = reader.read_next_batch()
+                with refused("query", names):
+                    batch = reader.read_next_batch()
             except StopIteration:
                 return
-            except (ValueError, OSError) as error:
-                raise QueryError(explain(error, "query", names)) from error
             yield batch.select(schema.names)
 
     return pa.RecordBatchReader.from_batches(schema, batches())
 
 
-def scan_schema(scanner: lance.LanceScanner, spec: QuerySpec) -> pa.Schema:
-    """The schema of a scan's result: without the row id, if only the ordering needed it."""
-    schema = scanner.projected_schema
+def scan_schema(dataset: lance.LanceDataset, spec: QuerySpec) -> pa.Schema:
+    """The schema of a scan's result: without the row id, if only the ordering needed it.
+
+    Raises
+    ------
+    QueryError
+        If what was asked for does not fit the table.
+    """
+    scanner = scanner_of(dataset, spec)
+    with refused("query", dataset.schema.names):
+        schema = scanner.projected_schema
     if spec.row_id or not spec.order_by or (spec.columns and ROW_ID in spec.columns):
         return schema
     return pa.schema([field for field in schema if field.name != ROW_ID], schema.metadata)
@@ -362,14 +368,12 @@ def scanner_of(
     # Lance orders by a column that is not selected only where it may fetch by row id
     row_id = spec.row_id or (bool(order) and ROW_ID not in projection.output)
     read = projection.read
-    try:
+    with refused("query", dataset.schema.names):
         return dataset.scanner(
             columns=dict(read) if isinstance(read, dict) else list(read),
             filter=spec.where, limit=spec.limit, offset=spec.offset or None,
             with_row_id=row_id, order_by=order or None, batch_size=batch_size,
         )  # fmt: skip
-    except (ValueError, OSError) as error:
-        raise QueryError(explain(error, "query", dataset.schema.names)) from error
 
 
 def _lap(report: Report, stage: str, start: float) -> float:

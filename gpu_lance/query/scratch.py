@@ -15,6 +15,7 @@ import pyarrow as pa
 from lance.dataset import ColumnOrdering as LanceOrdering
 
 from gpu_lance.errors import QueryError
+from gpu_lance.query.messages import refused
 from gpu_lance.query.projection import DISTANCE, QUERY_INDEX, ROW_ID
 from gpu_lance.query.sql import tokens, words
 
@@ -53,18 +54,20 @@ class Scratch:
         mentioned: set[str],
     ) -> None:
         self._columns = dataset.schema.names
+        place = np.arange(len(row_ids), dtype=np.int64)
         added = {
-            PLACE: pa.array(np.arange(len(row_ids), dtype=np.int64)),
-            _ROW_ID: pa.array(row_ids.astype(np.uint64)),
-            DISTANCE: pa.array(distances),
-            QUERY_INDEX: pa.array(query_index),
+            pa.field(PLACE, pa.int64()): pa.array(place),
+            pa.field(_ROW_ID, pa.uint64()): pa.array(row_ids.astype(np.uint64)),
+            pa.field(DISTANCE, pa.float32()): pa.array(distances),
+            pa.field(QUERY_INDEX, pa.int32(), nullable=False): pa.array(query_index),
         }
-        names = [name for name in self._columns if name in mentioned and name not in added]
-        table = pa.table(added)
+        table = pa.table(list(added.values()), schema=pa.schema(list(added)))
+        own = set(table.column_names)
+        names = [name for name in self._columns if name in mentioned and name not in own]
         if names:
             table = take(dataset, row_ids, names).drop_columns([ROW_ID])  # Lance reserves the name
-            for name, values in added.items():
-                table = table.append_column(name, values)
+            for field, values in added.items():
+                table = table.append_column(field, values)
         self._dataset = lance.write_dataset(table, "memory://")
 
     def places(self, where: str | None, order_by: Sequence[ColumnOrdering]) -> np.ndarray:
@@ -101,14 +104,12 @@ class Scratch:
             If Lance does not understand one.
         """
         columns = {name: _own_row_id(text) for name, text in expressions.items()}
-        return self._run("selected expression", None, columns=columns)
+        return self._run("selection", None, columns=columns)
 
     def _run(self, what: str, where: str | None, **more: Any) -> pa.Table:
         own = None if where is None else _own_row_id(where)
-        try:
+        with refused(what, self._columns):
             return self._dataset.scanner(filter=own, **more).to_table()
-        except (ValueError, OSError) as error:
-            raise QueryError(explain(error, what, self._columns)) from error
 
 
 def take(
@@ -129,25 +130,14 @@ def take(
         wanted.setdefault(ROW_ID, ROW_ID)
     elif ROW_ID not in wanted:
         wanted.append(ROW_ID)
-    try:
+    with refused("selection", dataset.schema.names):
         table = dataset._take_rows(pa.array(row_ids.astype(np.uint64)), columns=wanted)
-    except (ValueError, OSError) as error:
-        message = explain(error, "selected expression", dataset.schema.names)
-        raise QueryError(message) from error
     if table.num_rows != len(row_ids):
         raise QueryError(
             f"{len(row_ids) - table.num_rows} of {len(row_ids)} rows that the index found are not "
             "in the table's version any more; run the search again."
         )
     return table
-
-
-def explain(error: Exception, what: str, names: Sequence[str]) -> str:
-    """Lance's words about a piece of SQL, without the place in its source, with our columns."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    line = lines[0].split(", /home/")[0].split(", /rust")[0].split(" Valid fields are ")[0]
-    line = line.removeprefix("Invalid user input: ").rstrip(".")
-    return f"The {what} cannot be run: {line}. The table has the columns {', '.join(names)}."
 
 
 def mentioned(where: str | None, order_by: Sequence[ColumnOrdering]) -> set[str]:
