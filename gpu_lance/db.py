@@ -14,13 +14,14 @@ from gpu_lance.catalog import FolderCatalog, StoreCatalog, checked_name
 from gpu_lance.device import resolve_device
 from gpu_lance.embeddings import EmbeddingFunctionConfig
 from gpu_lance.errors import BadInputError, SchemaError, TableExistsError, TableNotFoundError
+from gpu_lance.handover import take_in
 from gpu_lance.index.resident import ResidentIndexes
 from gpu_lance.ingest.embed import Policy, vector_columns
 from gpu_lance.ingest.pipeline import Pipeline
 from gpu_lance.ingest.progress import progress_callback
 from gpu_lance.ingest.tables import Planned, plan_table
 from gpu_lance.storage import Storage, is_remote
-from gpu_lance.table import Table, take_in
+from gpu_lance.table import Table
 from gpu_lance.types import OnBadVectors
 
 if TYPE_CHECKING:

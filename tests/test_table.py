@@ -105,7 +105,8 @@ def test_one_add_of_many_batches_is_one_version(table: Table) -> None:
     vectors = np.stack(stored["vector"].to_numpy())
     assert vectors[:, 0].tolist() == [i % 5 for i in range(n)]
     assert vectors[:, 1].tolist() == [i % 3 for i in range(n)]
-    assert table.last_report is not None and table.last_report.embedded == n
+    assert table.last_report is not None
+    assert table.last_report.embedded == n
 
 
 def test_an_error_leaves_the_table_as_it_was(table: Table) -> None:
@@ -118,7 +119,8 @@ def test_an_error_leaves_the_table_as_it_was(table: Table) -> None:
 
     with pytest.raises(BadVectorError, match="row 25000 has 2 dimensions instead of 3"):
         table.add(data())
-    assert table.version == 2 and table.to_arrow() == before
+    assert table.version == 2
+    assert table.to_arrow() == before
     assert nearest(table, [1.0, 0.0, 0.0]) == [1]
 
 
@@ -200,6 +202,27 @@ def test_zero_vectors_are_bad_for_a_column_searched_by_cosine(table: Table) -> N
     assert rows(table)[1] == ("xyz", None)
 
 
+def test_a_search_measures_as_the_index_of_the_column(tmp_path: Path) -> None:
+    db = connect(tmp_path, device="cpu")
+    data = [{"id": i, "vector": [float(i), 1.0]} for i in range(300)]
+    table = db.create_table("t", data)
+    query = [0.0, 7.0]
+
+    def nearest(distance_type: str | None = None) -> list[tuple[int, float]]:
+        builder = table.search(query).limit(3)
+        if distance_type:
+            builder = builder.distance_type(distance_type)
+        return [(row["id"], row["_distance"]) for row in builder.to_list()]
+
+    assert nearest() == nearest("l2")
+    # an index that another program made, as LanceDB's create_index does
+    table.to_lance().create_index("vector", "IVF_FLAT", metric="cosine", num_partitions=1)
+    assert nearest() == nearest("cosine") != nearest("l2")
+    table.create_index("vector", config=Flat(distance_type="dot"))
+    assert nearest() == nearest("dot") != nearest("cosine")
+    assert "metric=dot" in table.search(query).explain_plan()
+
+
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [
@@ -216,7 +239,8 @@ def test_data_that_does_not_fit(
 ) -> None:
     with pytest.raises(error, match=message):
         table.add(data)
-    assert table.version == 1 and len(table) == 0
+    assert table.version == 1
+    assert len(table) == 0
 
 
 def test_adding_nothing_makes_no_version(table: Table) -> None:
@@ -252,7 +276,8 @@ def test_a_function_that_is_not_registered_lets_the_table_open(
     table.add([{"id": 1, "text": "ab"}])
     get_registry().reset()
     other = db.open_table("t")
-    assert len(other) == 1 and nearest(other, [1.0, 1.0, 0.0]) == [1]
+    assert len(other) == 1
+    assert nearest(other, [1.0, 1.0, 0.0]) == [1]
     other.add([{"id": 2, "text": "b", "vector": [0.0, 1.0, 0.0]}])
     with pytest.raises(UnknownProviderError, match="letters"):
         other.add([{"id": 3, "text": "c"}])
@@ -263,7 +288,8 @@ def test_a_function_that_is_not_registered_lets_the_table_open(
 
 def test_a_query_is_embedded_on_the_tables_device(table: Table) -> None:
     vectors = table.embed_query("vector", ["aab", ""])
-    assert vectors.device == table.device and vectors.tolist() == [[2, 1, 0], [0, 0, 0]]
+    assert vectors.device == table.device
+    assert vectors.tolist() == [[2, 1, 0], [0, 0, 0]]
     with pytest.raises(BadInputError, match="Query 1"):
         table.embed_query("vector", ["a", None])
 
@@ -310,7 +336,8 @@ def test_the_index_takes_new_rows_from_the_device_without_reading_them_back(tabl
     assert index.info()["refresh"]["kind"] == "append"
     table.add([{"id": 3, "text": "c"}])
     info = index.info()
-    assert info["refresh"]["kind"] == "append" and info["rows"] == 3
+    assert info["refresh"]["kind"] == "append"
+    assert info["rows"] == 3
     assert info["version"] == table.version
     assert nearest(table, [0.0, 0.0, 1.0], 1) == [3]
     assert index.info()["refresh"]["kind"] == "append"  # the search had nothing to do
@@ -374,7 +401,8 @@ def test_an_update_that_cannot_be_done_changes_nothing(table: Table) -> None:
     ]:
         with pytest.raises(error):
             table.update(**kwargs)
-    assert table.version == 2 and rows(table) == {1: ("a", [1.0, 0.0, 0.0])}
+    assert table.version == 2
+    assert rows(table) == {1: ("a", [1.0, 0.0, 0.0])}
 
 
 def test_an_update_that_a_delete_overtakes_is_a_conflict(
@@ -400,7 +428,8 @@ def test_update_of_a_large_table_in_batches(table: Table) -> None:
     assert table.update(where="id >= 100", values={"text": "b"}).rows_updated == n - 100
     vectors = {tuple(vector) for _, vector in rows(table).values()}
     assert vectors == {(1.0, 0.0, 0.0), (0.0, 1.0, 0.0)}
-    assert table.count_rows("text = 'b'") == n - 100 and len(table) == n
+    assert table.count_rows("text = 'b'") == n - 100
+    assert len(table) == n
 
 
 def test_rows_are_deleted_and_counted(table: Table) -> None:
@@ -434,7 +463,8 @@ def test_versions(table: Table) -> None:
     table.add([{"id": 2, "text": "b"}])
     assert [v["version"] for v in table.list_versions()] == [1, 2, 3]
     table.checkout(2)
-    assert table.version == 2 and list(rows(table)) == [1]
+    assert table.version == 2
+    assert list(rows(table)) == [1]
     assert nearest(table, [0.0, 1.0, 0.0]) == [1]
     with pytest.raises(ValueError, match="cannot be modified"):
         table.add([{"id": 3, "text": "c"}])
@@ -474,7 +504,8 @@ def test_progress(table: Table) -> None:
         seen.append((p["output_rows"], p["total_rows"], p["done"]))
 
     table.add({"id": np.arange(20_000), "text": ["a"] * 20_000}, progress=note)
-    assert seen[0] == (8192, 20_000, False) and seen[-1] == (20_000, 20_000, True)
+    assert seen[0] == (8192, 20_000, False)
+    assert seen[-1] == (20_000, 20_000, True)
 
     class Bar:
         n = 0

@@ -127,7 +127,7 @@ class TextTokenizer:
 
     def _agrees(self) -> bool:
         """Whether this copy gives what the model's own tokenizer gives, with type ids of zero."""
-        probes = _PROBES + ["long " * min(2 * (self.limit or 1), 2048)]
+        probes = [*_PROBES, "long " * min(2 * (self.limit or 1), 2048)]
         given = self.hf(probes, truncation=self.limit is not None, return_token_type_ids=True)
         ours = self(probes)
         same = [ids.tolist() for ids in np.split(ours.ids, ours.offsets[1:-1])]

@@ -163,7 +163,7 @@ def handle_bad_vectors(
 
 
 def vectors_to_arrow(
-    matrix: np.ndarray, valid: np.ndarray | None, type: pa.FixedSizeListType
+    matrix: np.ndarray, valid: np.ndarray | None, kind: pa.FixedSizeListType
 ) -> pa.FixedSizeListArray:
     """A column of vectors over the memory of a matrix.
 
@@ -174,7 +174,7 @@ def vectors_to_arrow(
         not of the column's value type; it must not be written to afterwards.
     valid : numpy.ndarray, optional
         (n,) bool, False where the row is null; None if none is.
-    type : pyarrow.FixedSizeListType
+    kind : pyarrow.FixedSizeListType
         The column's type, of size d.
 
     Raises
@@ -188,18 +188,18 @@ def vectors_to_arrow(
     >>> vectors_to_arrow(np.ones((2, 2), np.float32), np.array([True, False]), kind).to_pylist()
     [[1.0, 1.0], None]
     """
-    if matrix.ndim != 2 or matrix.shape[1] != type.list_size:
+    if matrix.ndim != 2 or matrix.shape[1] != kind.list_size:
         raise SchemaError(
-            f"A column of {type} wants a matrix (n, {type.list_size}), got {matrix.shape}."
+            f"A column of {kind} wants a matrix (n, {kind.list_size}), got {matrix.shape}."
         )
     rows = matrix.shape[0]
     if valid is not None and valid.shape != (rows,):
         raise SchemaError(f"valid must have the shape ({rows},), got {valid.shape}.")
     with np.errstate(over="ignore"):  # what overflows becomes infinite, and so a bad vector
-        numbers = np.ascontiguousarray(matrix, dtype=type.value_type.to_pandas_dtype())
-    values = pa.array(numbers.reshape(-1), type=type.value_type)
+        numbers = np.ascontiguousarray(matrix, dtype=kind.value_type.to_pandas_dtype())
+    values = pa.array(numbers.reshape(-1), type=kind.value_type)
     bitmap = None if valid is None or valid.all() else pack_bits(valid.astype(bool))
-    return pa.Array.from_buffers(type, rows, [bitmap], children=[values])
+    return pa.Array.from_buffers(kind, rows, [bitmap], children=[values])
 
 
 def arrow_to_matrix(array: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

@@ -87,7 +87,9 @@ def search(
         column = choose_column(
             target.schema, vector_column_name, queries.ndims, target.embedding_functions
         )
-        builder = LanceVectorQueryBuilder(target, VectorSpec(column=column, queries=queries))
+        metric = target.default_metric(column)
+        spec = VectorSpec(column=column, queries=queries, metric=metric)
+        builder = LanceVectorQueryBuilder(target, spec)
     if ordering_field_name is not None:
         warnings.warn(
             "ordering_field_name is deprecated; use .order_by().", DeprecationWarning, stacklevel=3
@@ -123,7 +125,9 @@ class LanceVectorQueryBuilder(LanceQueryBuilder):
         return self._set(limit=whole(limit, "limit"))
 
     def distance_type(self, distance_type: str) -> Self:
-        """Set how distance is measured: ``"l2"`` (squared; the default), ``"cosine"``, ``"dot"``.
+        """Set how distance is measured: ``"l2"`` (squared), ``"cosine"`` or ``"dot"``.
+
+        Unless it is set, a search measures as the column's index does, and by l2 without one.
 
         Raises
         ------

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from gpu_lance.embeddings import EmbeddingFunctionConfig
     from gpu_lance.index import ColumnIndex
+    from gpu_lance.types import Metric
 
 
 class SearchTarget(Protocol):
@@ -43,6 +44,9 @@ class SearchTarget(Protocol):
 
     def column_index(self, column: str) -> ColumnIndex:
         """The index of a vector column; asking loads nothing."""
+
+    def default_metric(self, column: str) -> Metric:
+        """The metric of a search that names none."""
 
     def embed_query(self, column: str, items: list[Any]) -> torch.Tensor:
         """Vectors (m, d) of m items on the device, by the column's embedding function."""

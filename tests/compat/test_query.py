@@ -19,6 +19,7 @@ from lancedb.query import ColumnOrdering
 from gpu_lance.errors import GpuLanceError, QueryError
 from gpu_lance.index import ColumnIndex
 from gpu_lance.query import search
+from gpu_lance.types import Metric
 
 N, D = 60, 8
 VECTORS = np.random.default_rng(5).standard_normal((N, D)).astype(np.float32)
@@ -49,6 +50,9 @@ class Target:
             ndims = self.schema.field(column).type.list_size
             self.indexes[column] = ColumnIndex(column, ndims, self.device)
         return self.indexes[column]
+
+    def default_metric(self, column: str) -> Metric:
+        return Metric.L2
 
     def embed_query(self, column: str, items: list[Any]) -> torch.Tensor:
         raise AssertionError("no text is searched for here")
@@ -402,11 +406,11 @@ def test_same_kind_of_error(pair: Pair, case: str) -> None:
 
 def test_same_error_of_outputs(pair: Pair) -> None:
     for table in pair("plain"):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError):  # noqa: PT011
             list(table.search(Q).to_batches(0))
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError):  # noqa: PT011
             table.search(Q).to_pandas(flatten=0)
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError):  # noqa: PT011
             table.search(Q).to_pandas(blob_mode="nope")
         with pytest.raises(TypeError):
             table.search(Q).to_arrow(timeout=5)
@@ -445,13 +449,13 @@ def test_where_lancedb_gives_less(pair: Pair) -> None:
     assert theirs.search(nan).to_arrow().num_rows == 0
     with pytest.raises(QueryError, match="nan at position 0"):
         ours.search(nan).to_arrow()
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError):  # noqa: PT011
         theirs.search().order_by(desc("id")).select(["word"]).to_arrow()
     assert ours.search().order_by(desc("id")).select(["word"]).to_arrow().column_names == ["word"]
     with pytest.raises(TypeError):
         theirs.search(tuple(Q.tolist()))
     assert ours.search(tuple(Q.tolist())).limit(1).to_list()[0]["id"] == 7
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError):  # noqa: PT011
         theirs.search(Q).order_by(desc("_distance")).to_arrow()
     farthest = ours.search(Q).order_by(desc("_distance")).to_arrow()["_distance"].to_pylist()
     assert farthest == sorted(farthest, reverse=True)
