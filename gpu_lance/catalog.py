@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gpu_lance.errors import BadInputError, TableNotFoundError
+from gpu_lance.errors import BadInputError, StorageError, TableNotFoundError
 from gpu_lance.storage import first_line
 
 SUFFIX = ".lance"
 SIDECARS = ".gpu_lance"
+LONGEST = 240  # file systems take names of 255 bytes, of which the suffix has some
 
 
 def checked_name(name: Any) -> str:
@@ -22,7 +23,7 @@ def checked_name(name: Any) -> str:
     Raises
     ------
     BadInputError
-        A ValueError, unless it consists of letters, digits, ``_``, ``-`` and ``.``.
+        A ValueError, unless it consists of at most 240 letters, digits, ``_``, ``-`` and ``.``.
 
     Examples
     --------
@@ -30,7 +31,11 @@ def checked_name(name: Any) -> str:
     'my-table'
     """
     if isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_.-]+", name) and name.strip("."):
-        return name
+        if len(name) <= LONGEST:
+            return name
+        raise BadInputError(
+            f"A name for a table has at most {LONGEST} characters; {name[:20]}... has {len(name)}."
+        )
     raise BadInputError(
         f"{name!r} is no name for a table: it is made of letters, digits, '_', '-' and '.'."
     )
@@ -46,9 +51,14 @@ class FolderCatalog:
     """
 
     def __init__(self, root: str) -> None:
-        self._root = Path(os.path.abspath(os.path.expanduser(root)))
-        if self._root.exists() and not self._root.is_dir():
-            raise BadInputError(f"{root!r} is a file; a database is a folder.")
+        try:
+            os.fsencode(root)
+            self._root = Path(os.path.abspath(os.path.expanduser(root)))
+            there = next(path for path in (self._root, *self._root.parents) if path.exists())
+        except ValueError as error:  # a NUL, or a lone surrogate
+            raise BadInputError(f"{root!r} is no path: {error}.") from error
+        if not there.is_dir():
+            raise BadInputError(f"{str(there)!r} is a file; a database is a folder.")
 
     def uri(self, name: str) -> str:
         """Where that table is, or would be."""
@@ -61,10 +71,14 @@ class FolderCatalog:
                 return sorted(
                     entry.name.removesuffix(SUFFIX)
                     for entry in entries
-                    if entry.name.endswith(SUFFIX) and entry.is_dir()
+                    # a folder without versions is what a writer left that was killed at once
+                    if entry.name.endswith(SUFFIX)
+                    and os.path.isdir(os.path.join(entry.path, "_versions"))
                 )
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise StorageError(f"The tables in {self._root} cannot be listed: {error}") from error
 
     def drop(self, name: str) -> None:
         """Delete a table's folder and what the index keeps beside it.
@@ -77,10 +91,13 @@ class FolderCatalog:
         path = Path(self.uri(name))
         if not path.is_dir():
             raise TableNotFoundError(f"Table '{name}' was not found")
-        if path.is_symlink():
-            path.unlink()
-        else:
-            shutil.rmtree(path)
+        try:
+            if path.is_symlink():
+                path.unlink()
+            else:
+                shutil.rmtree(path)
+        except OSError as error:
+            raise StorageError(f"Table '{name}' cannot be dropped: {error}") from error
         shutil.rmtree(self._root / SIDECARS / name, ignore_errors=True)
 
 
@@ -112,8 +129,14 @@ class StoreCatalog:
     def names(self) -> list[str]:
         """Every table, sorted."""
         from lance_namespace import ListTablesRequest
+        from lance_namespace.errors import LanceNamespaceError
 
-        return sorted(self._namespace().list_tables(ListTablesRequest(id=[])).tables)
+        try:
+            return sorted(self._namespace().list_tables(ListTablesRequest(id=[])).tables)
+        except (LanceNamespaceError, OSError, RuntimeError, ValueError) as error:
+            raise StorageError(
+                f"The tables in {self._root} cannot be listed: {first_line(error)}"
+            ) from error
 
     def drop(self, name: str) -> None:
         """Delete a table.

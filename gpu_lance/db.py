@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 from gpu_lance.catalog import FolderCatalog, StoreCatalog, checked_name
 from gpu_lance.device import resolve_device
 from gpu_lance.embeddings import EmbeddingFunctionConfig
-from gpu_lance.errors import BadInputError, SchemaError, TableExistsError, TableNotFoundError
+from gpu_lance.errors import (
+    BadInputError,
+    SchemaError,
+    TableExistsError,
+    TableNotFoundError,
+    WrongTypeError,
+)
 from gpu_lance.handover import take_in
 from gpu_lance.index.resident import ResidentIndexes
 from gpu_lance.ingest.embed import Policy, vector_columns
@@ -73,7 +79,18 @@ def connect(
     """
     if uri is None:
         raise BadInputError("connect needs a folder, 'memory://', or an object store's URI.")
+    if not isinstance(uri, str | os.PathLike):
+        raise WrongTypeError(f"connect takes a str or a Path, got a {type(uri).__name__}.")
     text = os.fspath(uri)
+    if not text:
+        raise BadInputError("connect got an empty path; '.' is the folder that you are in.")
+    if read_consistency_interval is not None and not isinstance(
+        read_consistency_interval, timedelta
+    ):
+        raise WrongTypeError(
+            "read_consistency_interval is a datetime.timedelta or None, got a "
+            f"{type(read_consistency_interval).__name__}."
+        )
     if text.startswith("db://") or api_key is not None:
         raise BadInputError(
             "LanceDB Cloud is not supported: connect to a folder or an object store instead."
@@ -205,11 +222,9 @@ class LanceDBConnection:
         Examples
         --------
         >>> import gpu_lance
-        >>> from gpu_lance.pydantic import LanceModel, Vector
-        >>> class Point(LanceModel):
-        ...     name: str
-        ...     vector: Vector(2)
-        >>> gpu_lance.connect("memory://").create_table("points", schema=Point).count_rows()
+        >>> import pyarrow as pa
+        >>> schema = pa.schema({"name": pa.utf8(), "vector": pa.list_(pa.float32(), 2)})
+        >>> gpu_lance.connect("memory://").create_table("points", schema=schema).count_rows()
         0
         """
         checked_name(name)

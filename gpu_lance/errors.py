@@ -59,6 +59,10 @@ class TableExistsError(GpuLanceError, ValueError):
     """There is a table of that name already."""
 
 
+class StorageError(GpuLanceError, OSError, RuntimeError):
+    """A table's files cannot be read or written: damaged, missing, or not allowed."""
+
+
 class SchemaError(GpuLanceError, ValueError):
     """A schema or a column does not fit the data."""
 
@@ -69,6 +73,10 @@ class SchemaTypeError(GpuLanceError, TypeError):
 
 class BadInputError(GpuLanceError, ValueError):
     """A value that cannot be stored or embedded; the message names its row and column."""
+
+
+class WrongTypeError(BadInputError, TypeError):
+    """An argument of a type that it cannot have."""
 
 
 class BadVectorError(BadInputError):

@@ -19,6 +19,7 @@ import pyarrow as pa
 from pydantic import BaseModel, PydanticUndefinedAnnotation, RootModel
 from pydantic.fields import FieldInfo
 
+from gpu_lance.embeddings.vector_field import ndims_of
 from gpu_lance.errors import SchemaTypeError
 
 # A subclass stands before its base: bool is an int, datetime a date.
@@ -232,7 +233,7 @@ class _FieldType:
         """The type of a field that an embedding function fills."""
         if _is_float_list(inner):
             function = get_extras(self.field, "vector_column_for")
-            return pa.list_(pa.float32(), function.ndims())
+            return pa.list_(pa.float32(), ndims_of(function))
         if _is_subclass(inner, FixedSizeListMixin):
             return self.of(inner)
         raise self._unsupported(

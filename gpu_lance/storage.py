@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,11 +15,14 @@ from typing import Any
 
 import lance
 import pyarrow as pa
+from lance.commit import CommitConflictError as LanceConflict
 from lance.fragment import RowIdSequence, write_fragments
 
 from gpu_lance.errors import (
     BadInputError,
     CommitConflictError,
+    GpuLanceError,
+    StorageError,
     TableExistsError,
     TableNotFoundError,
 )
@@ -48,7 +52,8 @@ def first_line(error: BaseException) -> str:
     """
     lines = str(error).splitlines()
     text = lines[0] if lines else type(error).__name__
-    return text.split(", /home/")[0].split(", /rust")[0].removeprefix("LanceError").strip()
+    text = text.split(", /home/")[0].split(", /rust")[0]
+    return re.sub(r"^(External error: )?(LanceError\(\w+\): )?", "", text).strip()
 
 
 def operation_of(dataset: lance.LanceDataset) -> str | None:
@@ -144,18 +149,14 @@ class Storage:
             If there is one already and `overwrite` is not given.
         """
         target = uri if overwrite is None else overwrite
-        try:
+        with _errors_of(data) as stream, _lance_errors(name):
             handle = _write(
-                data,
+                stream,
                 schema,
                 target,
                 mode="create" if overwrite is None else "overwrite",
                 storage_options=dict(storage_options or {}) or None,
             )
-        except (OSError, ValueError) as error:
-            if "already exists" in str(error):
-                raise TableExistsError(f"Table '{name}' already exists") from error
-            raise
         return cls(uri, name, storage_options, read_consistency_interval, handle)
 
     def _open(self) -> lance.LanceDataset:
@@ -164,7 +165,10 @@ class Storage:
         except (ValueError, OSError) as error:
             if "not found" in str(error).lower() or isinstance(error, FileNotFoundError):
                 raise TableNotFoundError(f"Table '{self.name}' was not found") from error
-            raise
+            raise StorageError(
+                f"Table '{self.name}' cannot be opened: {first_line(error)}. Its files are damaged "
+                f"or may not be read; put {self.uri} back from a copy, or drop the table."
+            ) from error
 
     # ------------------------------------------------------------------ reading
 
@@ -266,11 +270,17 @@ class Storage:
 
         An exception of the iterator passes through, and nothing is committed.
         """
-        return self._committed(_write(data, schema, self._own_handle(), mode="append"))
+        return self._rows_written(data, schema, "append")
 
     def overwrite(self, data: Iterator[pa.RecordBatch], schema: pa.Schema) -> lance.LanceDataset:
         """Replace all rows and the schema, its metadata included, in one version."""
-        return self._committed(_write(data, schema, self._own_handle(), mode="overwrite"))
+        return self._rows_written(data, schema, "overwrite")
+
+    def _rows_written(
+        self, data: Iterator[pa.RecordBatch], schema: pa.Schema, mode: str
+    ) -> lance.LanceDataset:
+        with _errors_of(data) as stream, _lance_errors(self.name):
+            return self._committed(_write(stream, schema, self._own_handle(), mode=mode))
 
     def replace_rows(
         self,
@@ -299,7 +309,7 @@ class Storage:
         CommitConflictError
             If another writer changed the same rows meanwhile; nothing was changed.
         """
-        with _errors_of(data) as stream:
+        with _errors_of(data) as stream, _lance_errors(self.name):
             fragments = write_fragments(
                 pa.RecordBatchReader.from_batches(schema, stream), base, mode="append"
             )
@@ -324,7 +334,7 @@ class Storage:
             new_fragments=fragments,
             update_mode="rewrite_rows",
         )
-        with self._conflicts():
+        with _lance_errors(self.name):
             return self._committed(
                 lance.LanceDataset.commit(base, operation, read_version=base.version)
             )
@@ -338,7 +348,7 @@ class Storage:
     ) -> tuple[lance.LanceDataset, dict[str, int]]:
         """Commit a merge by key; `apply` gets Lance's builder and the data, and returns counts."""
         dataset = self._own_handle()
-        with self._conflicts(), _errors_of(data) as stream:
+        with _errors_of(data) as stream, _lance_errors(self.name):
             reader = pa.RecordBatchReader.from_batches(schema, stream)
             counts = apply(dataset.merge_insert(on), reader)
         return self._committed(dataset), counts
@@ -346,14 +356,14 @@ class Storage:
     def delete(self, where: str) -> lance.LanceDataset:
         """Commit the deletion of the rows for which `where` holds."""
         dataset = self._own_handle()
-        with self._conflicts():
+        with _lance_errors(self.name):
             dataset.delete(where)
         return self._committed(dataset)
 
     def update_sql(self, values: Mapping[str, str], where: str | None) -> int:
         """Commit new values, as SQL expressions by column; returns how many rows changed."""
         dataset = self._own_handle()
-        with self._conflicts():
+        with _lance_errors(self.name):
             result = dataset.update(dict(values), where=where)
         self._committed(dataset)
         return int(result["num_rows_updated"])
@@ -361,7 +371,7 @@ class Storage:
     def set_metadata(self, metadata: Mapping[str, str]) -> lance.LanceDataset:
         """Commit schema metadata beside what is there."""
         dataset = self._own_handle()
-        with self._conflicts():
+        with _lance_errors(self.name):
             dataset.update_schema_metadata(dict(metadata))
         return self._committed(dataset)
 
@@ -391,7 +401,7 @@ class Storage:
     def run(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method of the latest dataset that commits a version, e.g. ``add_columns``."""
         dataset = self._own_handle()
-        with self._conflicts():
+        with _lance_errors(self.name):
             result = getattr(dataset, method)(*args, **kwargs)
         self._committed(dataset)
         return result
@@ -407,22 +417,29 @@ class Storage:
                 self._hold(dataset)
         return dataset
 
-    @contextlib.contextmanager
-    def _conflicts(self) -> Iterator[None]:
-        try:
-            yield
-        except lance.commit.CommitConflictError as error:
-            raise CommitConflictError(
-                f"Table '{self.name}': another writer changed the same rows, and nothing was "
-                f"written ({first_line(error)}). Try again."
-            ) from error
-        except OSError as error:
-            if "conflict" in str(error).lower():
-                raise CommitConflictError(
-                    f"Table '{self.name}': another writer was faster, and nothing was written "
-                    f"({first_line(error)}). Try again."
-                ) from error
+
+@contextlib.contextmanager
+def _lance_errors(name: str) -> Iterator[None]:
+    """What Lance says about a write to the table `name`, in our exceptions."""
+    try:
+        yield
+    except (OSError, ValueError, LanceConflict) as error:
+        text = str(error)
+        if isinstance(error, GpuLanceError) or "Invalid user input" in text:
             raise
+        if isinstance(error, LanceConflict) or "conflict" in text.lower():
+            raise CommitConflictError(
+                f"Table '{name}': another writer changed the same rows, and nothing was written "
+                f"({first_line(error)}). Try again."
+            ) from error
+        if "already exists" in text:
+            raise TableExistsError(f"Table '{name}' already exists") from error
+        if "LanceError(IO)" in text:
+            raise StorageError(
+                f"Table '{name}' cannot be written: {first_line(error)}. Nothing was changed; "
+                "look at the folder's permissions and the space that is left."
+            ) from error
+        raise
 
 
 def _write(
@@ -433,15 +450,14 @@ def _write(
     mode: str,
     storage_options: dict[str, str] | None = None,
 ) -> lance.LanceDataset:
-    with _errors_of(data) as stream:
-        return lance.write_dataset(
-            pa.RecordBatchReader.from_batches(schema, stream),
-            target,
-            mode=mode,
-            storage_options=storage_options,
-            data_storage_version=None if mode == "append" else FORMAT,
-            enable_stable_row_ids=mode != "append",
-        )
+    return lance.write_dataset(
+        pa.RecordBatchReader.from_batches(schema, data),
+        target,
+        mode=mode,
+        storage_options=storage_options,
+        data_storage_version=None if mode == "append" else FORMAT,
+        enable_stable_row_ids=mode != "append",
+    )
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpu_lance.errors import QueryError
+from gpu_lance.errors import BadInputError, QueryError
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +77,11 @@ class OnBadVectors(StrEnum):
     def parse(cls, value: str | OnBadVectors) -> OnBadVectors:
         """Return the member of that name.
 
+        Raises
+        ------
+        BadInputError
+            For another name (a ValueError).
+
         Examples
         --------
         >>> OnBadVectors.parse("drop").value
@@ -86,7 +91,7 @@ class OnBadVectors(StrEnum):
             return cls(str(value))
         except ValueError:
             names = ", ".join(repr(str(member)) for member in cls)
-            raise ValueError(
+            raise BadInputError(
                 f"on_bad_vectors is {value!r}; it must be one of {names}."
             ) from None
 

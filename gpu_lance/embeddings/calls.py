@@ -235,7 +235,10 @@ def _stack(vectors: list[Any]) -> torch.Tensor | None:
             return None
         return torch.stack([tensor.to(tensors[0].device) for tensor in tensors])  # type: ignore[no-any-return]
     array = np.asarray(vectors)
-    return as_tensor(array.astype(np.float32, copy=False)) if _is_numeric(array) else None
+    if not _is_numeric(array):
+        return None
+    with np.errstate(over="ignore"):  # what overflows becomes infinite, and so a bad vector
+        return as_tensor(array.astype(np.float32, copy=False))
 
 
 def _is_numeric(values: Any) -> bool:
@@ -258,8 +261,9 @@ def _first_fault(returned: Any, positions: list[int], ndims: int, name: str) -> 
             return _wrong_length(name, where, len(vector), ndims)
         for number in vector:
             try:
-                float(number)
-                numeric = not isinstance(number, str | bytes)
+                numeric = not isinstance(number, str | bytes | complex | np.complexfloating)
+                if numeric:
+                    float(number)
             except (TypeError, ValueError, OverflowError):
                 numeric = False
             if not numeric:

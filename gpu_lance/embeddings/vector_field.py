@@ -11,6 +11,7 @@ from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from gpu_lance.device import as_tensor, to_host
+from gpu_lance.errors import EmbeddingError
 
 
 def as_lists(value: Any) -> Any:
@@ -35,6 +36,23 @@ def as_lists(value: Any) -> Any:
             return value
         value = to_host(as_tensor(value))
     return value.tolist()
+
+
+def ndims_of(function: Any) -> int:
+    """What `function.ndims()` says, if it can be the length of a vector.
+
+    Raises
+    ------
+    EmbeddingError
+        If it is no whole number of at least 1.
+    """
+    ndims = function.ndims()
+    if isinstance(ndims, bool) or not hasattr(ndims, "__index__") or ndims < 1:
+        raise EmbeddingError(
+            f"{type(function).__name__}.ndims() returned {ndims!r}; it must be a whole number of "
+            "at least 1."
+        )
+    return int(ndims)
 
 
 @dataclass(frozen=True)

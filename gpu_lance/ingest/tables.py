@@ -11,11 +11,22 @@ from typing import Any
 import pyarrow as pa
 
 from gpu_lance.embeddings import EmbeddingFunctionConfig, fingerprint, get_registry
+from gpu_lance.embeddings.vector_field import ndims_of
 from gpu_lance.errors import GpuLanceError, SchemaError, UnsupportedDataError
+from gpu_lance.ingest.align import shorten
 from gpu_lance.ingest.lists import is_vector_type
 from gpu_lance.ingest.read import Source, read
 
 logger = logging.getLogger(__name__)
+
+RESERVED = {
+    "_distance",
+    "_rowid",
+    "_rowaddr",
+    "_rowoffset",
+    "_row_created_at_version",
+    "_row_last_updated_at_version",
+}
 
 
 def is_model_class(value: Any) -> bool:
@@ -73,13 +84,14 @@ def plan_table(
     if data is None and schema is None:
         raise SchemaError("Either data or schema must be provided.")
     configs = {config.vector_column: config for config in _declared(data, schema)}
-    configs.update({config.vector_column: config for config in embedding_functions or ()})
+    configs.update({config.vector_column: config for config in _given(embedding_functions)})
     arrow = _arrow_schema(schema)
     if arrow is None:
         source = read(data)
         arrow = source.schema
     else:
         source = Source(arrow, iter(()), 0) if data is None else read(data, arrow)
+    _check_names(arrow)
     if not configs:
         configs = get_registry().parse_functions(arrow.metadata)
     arrow = _with_vector_columns(arrow, configs)
@@ -87,6 +99,37 @@ def plan_table(
     metadata.update(get_registry().get_table_metadata(list(configs.values())) or {})
     metadata.update(fingerprint.to_metadata(_fingerprints(configs)))
     return Planned(arrow.with_metadata(metadata or None), source, configs)
+
+
+def _given(functions: Any) -> Sequence[EmbeddingFunctionConfig]:
+    if functions is None:
+        return ()
+    if not isinstance(functions, list | tuple) or not all(
+        isinstance(config, EmbeddingFunctionConfig) for config in functions
+    ):
+        raise UnsupportedDataError(
+            "embedding_functions is a list of EmbeddingFunctionConfig(vector_column=..., "
+            f"source_column=..., function=...), got {shorten(functions)}."
+        )
+    return functions
+
+
+def _check_names(schema: pa.Schema) -> None:
+    """Refuse columns that could not be stored, or not be searched."""
+    names = schema.names
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise SchemaError(f"There is more than one column {', '.join(map(repr, twice))}.")
+    for name in names:
+        if name in RESERVED:
+            raise SchemaError(
+                f"{name!r} is the name of a column that every search or table has already; give "
+                "the column another one."
+            )
+        if not name or "." in name or "`" in name:
+            raise SchemaError(
+                f"{name!r} is no name for a column: it may not be empty or have a '.' or a '`'. "
+                "For parts of a whole use a struct."
+            )
 
 
 def _declared(data: Any, schema: Any) -> Sequence[EmbeddingFunctionConfig]:
@@ -121,13 +164,32 @@ def _with_vector_columns(
                 f"{config.source_column!r}, which is not there; the columns are "
                 f"{', '.join(schema.names)}."
             )
+        if config.source_column == config.vector_column:
+            raise SchemaError(
+                f"Column {config.vector_column!r} cannot be made from itself; the source and the "
+                "vectors of an embedding function are two columns."
+            )
         index = schema.get_field_index(config.vector_column)
         if index < 0:
-            kind = pa.list_(pa.float32(), config.function.ndims())
+            kind = pa.list_(pa.float32(), ndims_of(config.function))
             schema = schema.append(pa.field(config.vector_column, kind))
         elif not is_vector_type(schema.field(index).type):
             schema = _fixed(schema, index, config)
+        else:
+            _check_length(schema.field(index), config)
     return schema
+
+
+def _check_length(field: pa.Field, config: EmbeddingFunctionConfig) -> None:
+    try:
+        given = ndims_of(config.function)
+    except (GpuLanceError, OSError):
+        return  # a function that cannot be asked here says so when it is used
+    if given != field.type.list_size:
+        raise SchemaError(
+            f"Column {field.name!r} has {field.type.list_size} dimensions, and the vectors of its "
+            f"embedding function {type(config.function).__name__} have {given}."
+        )
 
 
 def _fixed(schema: pa.Schema, index: int, config: EmbeddingFunctionConfig) -> pa.Schema:
@@ -137,7 +199,7 @@ def _fixed(schema: pa.Schema, index: int, config: EmbeddingFunctionConfig) -> pa
     if not listed and not pa.types.is_null(field.type):
         return schema  # vector_columns() says what is wrong with it
     value_type = field.type.value_type if listed else pa.float32()
-    kind = pa.list_(value_type, config.function.ndims())
+    kind = pa.list_(value_type, ndims_of(config.function))
     return schema.set(index, pa.field(field.name, kind, field.nullable, field.metadata))
 
 
