@@ -28,6 +28,7 @@ QUESTIONS = (
     "Which values count as false?",
 )
 COLUMNS = tuple(Passage.__dataclass_fields__)
+BATCH = 64  # passages between two reports of progress
 REPEATS = 7  # searches per question after the first, of which the median is reported
 
 
@@ -115,7 +116,7 @@ def run(
     fresh: bool = False,
     limit: int = 3,
     rows: int | None = None,
-    progress: Any = None,
+    progress: Callable[[int, int], Any] | None = None,
     note: Callable[[str], None] = logger.info,
 ) -> Report:
     """Index Python's help topics into a table, unless it is there, and answer questions.
@@ -134,8 +135,8 @@ def run(
         Hits for each question.
     rows : int, optional
         Only so many passages, for a quick look.
-    progress : bool, callable or tqdm bar, optional
-        As in :meth:`gpu_lance.table.Table.add`.
+    progress : callable, optional
+        Told how many passages are indexed, and how many there are.
     note : callable
         Told, in words, what is being done.
 
@@ -165,7 +166,7 @@ def run(
     with connect(db, device=device) as connection:
         used = connection.device  # a device that is not there is an error before any work
         there = _there(connection)
-        function = get_registry().get("sentence-transformers").create(device=device)
+        function: Any = get_registry().get("sentence-transformers").create(device=device)
         note(f"loading the model {function.name} on {used}")
         start = time.perf_counter()
         function.generate_embeddings(["The first run is slower than those after it."])
@@ -244,8 +245,8 @@ def _there(connection: Any) -> Table | None:
     table: Table = connection.open_table(TABLE)
     if table.schema.names != [*COLUMNS, "vector"] or "vector" not in table.embedding_functions:
         raise BadInputError(
-            f"{table.uri} is another table, with the columns {', '.join(table.schema.names)}, which "
-            "the demo leaves alone. Give it another folder (--db)."
+            f"{table.uri} is not the demo's table (it has the columns "
+            f"{', '.join(table.schema.names)}) and is left alone. Give another folder (--db)."
         )
     return table
 
@@ -259,16 +260,26 @@ def _holds(table: Table, text: Sequence[Passage]) -> bool:
 
 
 def _indexed(
-    connection: Any, function: Any, text: Sequence[Passage], progress: Any
+    connection: Any,
+    function: Any,
+    text: Sequence[Passage],
+    progress: Callable[[int, int], Any] | None,
 ) -> tuple[Table, float]:
     """The table, made in one commit, and how many seconds it took."""
+    import pyarrow as pa
+
+    rows = [asdict(passage) for passage in text]
+    # a GPU is done before a bar could move; on a CPU it moves with each batch
+    step = BATCH if connection.device.type == "cpu" else len(rows)
+    batches = (pa.RecordBatch.from_pylist(rows[i : i + step]) for i in range(0, len(rows), step))
+
+    def report(state: dict[str, Any]) -> None:
+        if progress is not None:
+            progress(state["output_rows"], len(rows))
+
     start = time.perf_counter()
     table: Table = connection.create_table(
-        TABLE,
-        data=[asdict(passage) for passage in text],
-        schema=_schema(function),
-        mode="overwrite",
-        progress=progress,
+        TABLE, data=batches, schema=_schema(function), mode="overwrite", progress=report
     )
     return table, time.perf_counter() - start
 

@@ -1,0 +1,156 @@
+"""What there is: the device, the libraries, and what a database holds; no model is loaded."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import TYPE_CHECKING, Any
+
+import gpu_lance
+from gpu_lance import device as devices
+from gpu_lance.errors import MissingExtraError
+from gpu_lance.optional import require
+
+if TYPE_CHECKING:
+    from gpu_lance.table import Table
+
+# Distributions, not modules: three of them bring the module faiss, of which one may be there.
+LIBRARIES = (
+    "numpy",
+    "pyarrow",
+    "pylance",
+    "torch",
+    "faiss-cpu",
+    "faiss-gpu",
+    "faiss-gpu-cuvs",
+    "sentence-transformers",
+    "transformers",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "triton",
+)
+
+
+def system(device: str = "auto") -> dict[str, Any]:
+    """The device that would be used, and the versions of what is installed.
+
+    Parameters
+    ----------
+    device : str
+        ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+
+    Returns
+    -------
+    dict
+        ``gpu_lance``, ``python`` and ``platform`` (str), ``device`` (dict of ``name``, which is
+        None without torch, ``reason`` and ``free_bytes``), ``libraries`` (version by name).
+
+    Raises
+    ------
+    DeviceError
+        If the named device is not there.
+
+    Examples
+    --------
+    >>> system("cpu")["device"]["name"]
+    'cpu'
+    """
+    return {
+        "gpu_lance": gpu_lance.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": _device(device),
+        "libraries": libraries(),
+    }
+
+
+def libraries() -> dict[str, str]:
+    """The version of each library that matters here and is installed; none is imported.
+
+    Examples
+    --------
+    >>> "numpy" in libraries()
+    True
+    """
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _device(wanted: str) -> dict[str, Any]:
+    try:
+        used = devices.resolve_device(wanted)
+    except MissingExtraError as error:
+        return {"name": None, "reason": str(error), "free_bytes": None}
+    if used.type == "cuda":
+        reason = require("torch", extra="cuda13|cuda12").cuda.get_device_name(used)
+    elif wanted == "auto":
+        reason = devices._why_no_cuda()  # None if the environment asked for it
+    else:
+        reason = None
+    reason = reason or "as asked for"
+    return {"name": str(used), "reason": reason, "free_bytes": devices.free_memory(used)}
+
+
+def describe(table: Table) -> dict[str, Any]:
+    """A table's rows, version, columns and embedding functions, as plain values.
+
+    Parameters
+    ----------
+    table : Table
+
+    Returns
+    -------
+    dict
+        ``name``, ``path``, ``rows``, ``version``, ``columns`` (``name``, ``type``; of vectors also
+        ``dims`` and ``metric``), ``embedding_functions`` (``vector_column``, ``source_column``,
+        ``name``, ``model``, and ``error`` where one cannot be made here).
+
+    Examples
+    --------
+    >>> table = gpu_lance.connect("memory://").create_table("t", [{"vector": [0.0, 1.0]}])
+    >>> describe(table)["columns"]
+    [{'name': 'vector', 'type': 'fixed_size_list<item: float>[2]', 'dims': 2, 'metric': 'l2'}]
+    """
+    from gpu_lance.embeddings import get_registry
+    from gpu_lance.embeddings.unavailable import UnavailableFunction
+
+    functions = []
+    for config in table.embedding_functions.values():
+        stored = get_registry().function_to_metadata(config)
+        if isinstance(config.function, UnavailableFunction):
+            stored["error"] = str(config.function.error)
+        functions.append(stored)
+    return {
+        "name": table.name,
+        "path": table.uri,
+        "rows": table.count_rows(),
+        "version": table.version,
+        "columns": [_column(table, field) for field in table.schema],
+        "embedding_functions": functions,
+    }
+
+
+def _column(table: Table, field: Any) -> dict[str, Any]:
+    shown = {"name": field.name, "type": str(field.type)}
+    if not holds_vectors(field.type):
+        return shown
+    return {**shown, "dims": field.type.list_size, "metric": str(table.default_metric(field.name))}
+
+
+def holds_vectors(kind: Any) -> bool:
+    """Whether an Arrow type is that of a vector column.
+
+    Examples
+    --------
+    >>> import pyarrow as pa
+    >>> holds_vectors(pa.list_(pa.float32(), 2)), holds_vectors(pa.list_(pa.utf8(), 2))
+    (True, False)
+    """
+    import pyarrow as pa
+
+    return bool(pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type))
