@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpu_lance.errors import DeviceError
+from gpu_lance.errors import BadInputError, DeviceError
 from gpu_lance.optional import require
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# torch and CUDA, the CPU allocator, cuBLAS's workspace, C++ below FAISS
+_MEMORY_WORDS = ("out of memory", "can't allocate memory", "status_alloc_failed", "bad_alloc")
+_NAME = re.compile(r"(cpu|cuda|gpu|mps)(?::([0-9]+))?")
 CUDA_REMEDY = (
     "Install a GPU build (pip install 'gpu-lance[cuda13]' for drivers from 580 on, "
     "'gpu-lance[cuda12]' for older ones), or pass device='auto' or device='cpu'."
@@ -50,32 +54,36 @@ def resolve_device(device: str | torch.device | None = "auto") -> torch.device:
     device(type='cpu')
     """
     torch = require("torch", extra="cpu|cuda13|cuda12")
-    name = str(device or "auto").strip().lower()
-    if name == "auto":
-        name = os.environ.get("GPU_LANCE_DEVICE", "auto").strip().lower() or "auto"
+    name = "auto" if device is None else str(device).strip().lower()
+    asked, origin = f"device={device!r} was asked for", ""
+    if name == "auto" and (variable := os.environ.get("GPU_LANCE_DEVICE", "").strip()):
+        name, origin = variable.lower(), " in GPU_LANCE_DEVICE"
+        asked = f"GPU_LANCE_DEVICE={variable!r} was asked for"
     if name == "auto":
         return _automatic_device()
-    if name == "gpu" or name.startswith("gpu:"):
-        name = "cuda" + name[3:]
-    try:
-        wanted = torch.device(name)
-    except RuntimeError as error:
+    # not torch's own parser, for which cuda:999 is a negative number
+    match = _NAME.fullmatch(name)
+    if match is None:
         raise DeviceError(
-            f"Unknown device {device!r}; use 'auto', 'cpu', 'cuda', 'cuda:<number>' or 'mps'."
-        ) from error
-    if wanted.type == "cuda":
-        if reason := _why_no_cuda():
-            raise DeviceError(f"device={device!r} was asked for, but {reason}. {CUDA_REMEDY}")
-        count = torch.cuda.device_count()
-        index = torch.cuda.current_device() if wanted.index is None else wanted.index
-        if index >= count:
-            raise DeviceError(f"device={device!r} was asked for, but there are {count} GPUs.")
-        return torch.device("cuda", index)
-    if wanted.type == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError(f"device={device!r} was asked for, but torch sees no MPS device.")
-    if wanted.type not in ("cpu", "mps"):
-        raise DeviceError(f"device={device!r} is not supported; use 'auto', 'cpu' or 'cuda'.")
-    return wanted
+            f"Unknown device {name!r}{origin}; use 'auto', 'cpu', 'cuda', 'cuda:<number>' or 'mps'."
+        )
+    kind, number = match.groups()
+    if kind == "cpu":
+        return torch.device("cpu")
+    if kind == "mps":
+        if not torch.backends.mps.is_available():
+            raise DeviceError(
+                f"{asked}, but torch sees no MPS device. Pass device='auto' or device='cpu'."
+            )
+        return torch.device("mps")
+    if reason := _why_no_cuda():
+        raise DeviceError(f"{asked}, but {reason}. {CUDA_REMEDY}")
+    index = torch.cuda.current_device() if number is None else int(number)
+    count = torch.cuda.device_count()
+    if index >= count:
+        last = "it is 'cuda:0'" if count == 1 else f"the last is 'cuda:{count - 1}'"
+        raise DeviceError(f"{asked}, but the number of GPUs is {count}; {last}.")
+    return torch.device("cuda", index)
 
 
 @functools.cache
@@ -104,8 +112,9 @@ def _why_no_cuda() -> str | None:
         return "torch finds no CUDA device or no working driver"
     try:
         torch.ones(2, device="cuda").sum().item()
-    except RuntimeError as error:
-        return f"the CUDA device does not compute ({str(error).splitlines()[0]})"
+    except Exception as error:  # torch's own kinds too, such as a deferred call that failed
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        return f"the CUDA device does not compute ({first})"
     return None
 
 
@@ -129,7 +138,7 @@ def parse_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.d
 
     Raises
     ------
-    ValueError
+    BadInputError
         Unless the name is one of float32, float16, bfloat16 (or fp32, fp16, bf16).
 
     Examples
@@ -151,7 +160,7 @@ def parse_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.d
     }
     key = str(name).removeprefix("torch.")
     if key not in known:
-        raise ValueError(f"dtype is {name!r}; it must be one of {', '.join(known)} or 'auto'.")
+        raise BadInputError(f"dtype is {name!r}; it must be one of {', '.join(known)} or 'auto'.")
     return known[key]
 
 
@@ -168,9 +177,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and (
-        "out of memory" in text or "can't allocate memory" in text
-    )
+    return isinstance(error, RuntimeError) and any(words in text for words in _MEMORY_WORDS)
 
 
 def free_memory(device: torch.device) -> int:
@@ -239,7 +246,10 @@ def as_tensor(values: Any, device: torch.device | None = None) -> torch.Tensor:
         tensor = torch.from_dlpack(values)
     else:
         tensor = torch.from_numpy(np.asarray(values, dtype=np.float32))
-    return tensor if device is None else tensor.to(device, non_blocking=True)
+    if device is None:
+        return tensor
+    # a copy to the host that does not wait could be read before it has arrived
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gpu_lance import errors
-from gpu_lance.errors import GpuLanceError, QueryError
+from gpu_lance.errors import BadInputError, GpuLanceError, QueryError
 from gpu_lance.types import AddResult, Embeddings, Metric, Modality, OnBadVectors, Side
 
 torch = pytest.importorskip("torch")
@@ -52,7 +52,7 @@ def test_on_bad_vectors_by_name(name: str):
 @pytest.mark.parametrize("given", ["ignore", "Drop", "", None])
 def test_another_one_is_an_error_that_lists_them(given: object):
     wanted = f"on_bad_vectors is {given!r}; it must be one of 'error', 'drop', 'fill', 'null'."
-    with pytest.raises(ValueError, match="on_bad_vectors is") as caught:
+    with pytest.raises(BadInputError) as caught:
         OnBadVectors.parse(given)
     assert str(caught.value) == wanted
 
