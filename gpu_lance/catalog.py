@@ -52,11 +52,12 @@ class FolderCatalog:
 
     def __init__(self, root: str) -> None:
         try:
-            os.fsencode(root)
-            self._root = Path(os.path.abspath(os.path.expanduser(root)))
-            there = next(path for path in (self._root, *self._root.parents) if path.exists())
-        except ValueError as error:  # a NUL, or a lone surrogate
+            if b"\0" in os.fsencode(root):
+                raise ValueError("it has a NUL character")
+        except ValueError as error:  # a lone surrogate is the other
             raise BadInputError(f"{root!r} is no path: {error}.") from error
+        self._root = Path(os.path.abspath(os.path.expanduser(root)))
+        there = next(path for path in (self._root, *self._root.parents) if os.path.exists(path))
         if not there.is_dir():
             raise BadInputError(f"{str(there)!r} is a file; a database is a folder.")
 
