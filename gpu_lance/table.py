@@ -236,7 +236,7 @@ class Table(TableReader):
 
     def list_versions(self) -> list[dict[str, Any]]:
         """Every version: its number, time and metadata."""
-        return list(self.dataset().versions())
+        return [dict(version) for version in self.dataset().versions()]
 
     def checkout(self, version: int | str) -> None:
         """Read that version or tag from now on; the table cannot be written to meanwhile."""

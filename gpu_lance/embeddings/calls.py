@@ -233,7 +233,7 @@ def _stack(vectors: list[Any]) -> torch.Tensor | None:
         tensors = [as_tensor(vector) for vector in vectors]
         if len({tuple(tensor.shape) for tensor in tensors}) > 1:
             return None
-        return torch.stack([tensor.to(tensors[0].device) for tensor in tensors])  # type: ignore[no-any-return]
+        return torch.stack([tensor.to(tensors[0].device) for tensor in tensors])
     array = np.asarray(vectors)
     if not _is_numeric(array):
         return None

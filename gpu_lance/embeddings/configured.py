@@ -125,7 +125,7 @@ class Configured(BaseModel):
                     f"a table cannot store as JSON ({error}); pass strings, finite numbers, lists "
                     "or dicts."
                 ) from None
-        return _variables.snapshot(args)  # type: ignore[no-any-return]
+        return _variables.snapshot(args)
 
     # -- the rest is how an instance behaves as a Python object
 
@@ -198,7 +198,7 @@ class Configured(BaseModel):
         for name, value in (self._original_args or {}).items():
             if _variables.has_reference(value):
                 hidden[name] = _variables.mask(value, sensitive)
-        return hidden  # type: ignore[no-any-return]
+        return hidden
 
     def _secret_strings(self) -> dict[str, str]:
         """Every secret string of the fields, and what to show in its place."""

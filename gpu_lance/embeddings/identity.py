@@ -49,4 +49,4 @@ def freeze(value: Any) -> Hashable:
         hash(value)
     except TypeError:
         return _ByEquality(value)
-    return value  # type: ignore[no-any-return]
+    return value

@@ -75,12 +75,12 @@ class ModelCache:
         key = (owner, freeze(arguments), str(device))
         with self._lock:
             if key in self._models:
-                return self._models[key]  # type: ignore[no-any-return]
+                return self._models[key]
             own = self._locks.setdefault(key, threading.Lock())
         with own:
             with self._lock:
                 if key in self._models:
-                    return self._models[key]  # type: ignore[no-any-return]
+                    return self._models[key]
             started = time.perf_counter()
             model = load()
             seconds = time.perf_counter() - started

@@ -41,7 +41,7 @@ def pool(states: torch.Tensor, runs: Sequence[Run], modes: Sequence[str]) -> tor
     for run in runs:
         part = states[run.start : run.stop].view(run.count, run.length, -1)
         rows.append(torch.cat([_one(torch, part, mode).float() for mode in modes], dim=1))
-    return torch.cat(rows)  # type: ignore[no-any-return]
+    return torch.cat(rows)
 
 
 def _one(torch: Any, part: torch.Tensor, mode: str) -> torch.Tensor:

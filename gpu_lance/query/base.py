@@ -204,7 +204,7 @@ class LanceQueryBuilder(ABC):
 
     def to_list(self, *, timeout: timedelta | None = None) -> list[dict[str, Any]]:
         """Run the search and return a dict for each row."""
-        return self.to_arrow(timeout=timeout).to_pylist()  # type: ignore[no-any-return]
+        return self.to_arrow(timeout=timeout).to_pylist()
 
     def to_polars(self, *, timeout: timedelta | None = None) -> pl.DataFrame:
         """Run the search and return a polars DataFrame."""

@@ -116,7 +116,7 @@ def to_polars(table: pa.Table) -> pl.DataFrame:
     MissingExtraError
         If polars is not installed.
     """
-    return _installed("polars").from_arrow(table)  # type: ignore[no-any-return]
+    return _installed("polars").from_arrow(table)
 
 
 def to_pydantic(table: pa.Table, model: type[T]) -> list[T]:
