@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shlex
+import shutil
 import sys
 import textwrap
 import time
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import gpu_lance
+from gpu_lance import __version__
 from gpu_lance.errors import BadInputError, GpuLanceError, TableNotFoundError
 from gpu_lance.types import Metric
 
@@ -53,7 +55,7 @@ DeviceOption = Annotated[
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"gpu-lance {gpu_lance.__version__}")
+        typer.echo(f"gpu-lance {__version__}")
         raise typer.Exit
 
 
@@ -432,8 +434,15 @@ def _show_demo(report: Report) -> None:
             typer.echo(f"  {hit['_distance']:.3f}  {hit['topic']}: {_plain_text(hit['title'])}")
             for line in textwrap.wrap(textwrap.shorten(hit["text"], SHOWN, placeholder=" ..."), 88):
                 typer.echo(f"         {line}")
-    more = f'gpu-lance search {report.database} {report.table} "your question"'
-    typer.echo(f"\nAsk more: {more}")
+    here = shlex.join([_command(), "search", report.database, report.table])
+    typer.echo(f'\nAsk more: {here} "your question"')
+
+
+def _command() -> str:
+    """How this command can be called again: by its path, where the shell does not find it."""
+    path = sys.argv[0]
+    found = Path(path).stem == "gpu-lance" and shutil.which("gpu-lance") != path
+    return path if found else "gpu-lance"
 
 
 def _show_info(found: dict[str, Any]) -> None:
