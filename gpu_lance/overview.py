@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 from typing import TYPE_CHECKING, Any
 
-import gpu_lance
+from gpu_lance import __version__
 from gpu_lance import device as devices
 from gpu_lance.errors import MissingExtraError
 from gpu_lance.optional import require
@@ -56,7 +56,7 @@ def system(device: str = "auto") -> dict[str, Any]:
     'cpu'
     """
     return {
-        "gpu_lance": gpu_lance.__version__,
+        "gpu_lance": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": _device(device),
@@ -112,6 +112,7 @@ def describe(table: Table) -> dict[str, Any]:
 
     Examples
     --------
+    >>> import gpu_lance
     >>> table = gpu_lance.connect("memory://").create_table("t", [{"vector": [0.0, 1.0]}])
     >>> describe(table)["columns"]
     [{'name': 'vector', 'type': 'fixed_size_list<item: float>[2]', 'dims': 2, 'metric': 'l2'}]
