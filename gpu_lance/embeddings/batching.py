@@ -106,6 +106,8 @@ def run_batches(
         end = next_batch(costs, start, budget)
         try:
             made = forward(start, end)
+        except OutOfDeviceMemoryError:
+            raise  # not even the model fits
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpu_lance.embeddings.tokens import Tokens
+from gpu_lance.errors import EmbeddingError
 from gpu_lance.optional import require
 
 if TYPE_CHECKING:
@@ -132,6 +133,13 @@ class PackedEncoder:
             (t, h), on the model's device, in its dtype.
         """
         torch = self._torch
+        largest = int(tokens.ids.max())
+        if largest >= self.words.shape[0]:
+            # on a GPU it would end the whole process's use of it
+            raise EmbeddingError(
+                f"The tokenizer gives the token {largest}, but the model knows only "
+                f"{self.words.shape[0]}; the files of two models are mixed up."
+            )
         ids = self._to_device(tokens.ids)
         positions = self._to_device(self._positions_of(tokens))
         attend = self._attention(tokens, runs)
@@ -144,7 +152,7 @@ class PackedEncoder:
             hidden = layer.attention_norm(mixed.add_(hidden))
             wide = layer.down(layer.activation(layer.up(hidden)))
             hidden = layer.norm(wide.add_(hidden))
-        return hidden  # type: ignore[no-any-return]
+        return hidden
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
         tensor = self._torch.from_numpy(values)
@@ -239,7 +247,7 @@ def _fuse(*parts: Any) -> torch.nn.Linear:
         part.weight = torch.nn.Parameter(weight[start:stop], requires_grad=False)
         part.bias = torch.nn.Parameter(bias[start:stop], requires_grad=False)
         start = stop
-    return fused  # type: ignore[no-any-return]
+    return fused
 
 
 def _varlen(device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:

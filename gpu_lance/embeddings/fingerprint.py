@@ -16,7 +16,7 @@ from typing import Any
 
 from gpu_lance.embeddings.base import EmbeddingFunction
 from gpu_lance.embeddings.device_base import DeviceEmbeddingFunction
-from gpu_lance.embeddings.locate import Located
+from gpu_lance.embeddings.locate import Located, read_json
 from gpu_lance.embeddings.model_folder import ModelFolder, safetensors_header
 from gpu_lance.errors import FingerprintError
 
@@ -201,7 +201,7 @@ def hash_tokenizer(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("tokenizer.json")):
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file, dict) or {}
         content = {key: content[key] for key in content if key not in ("padding", "truncation")}
         digest.update(json.dumps(content, sort_keys=True).encode())
         return f"sha256:{digest.hexdigest()}"

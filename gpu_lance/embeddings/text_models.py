@@ -6,6 +6,8 @@ with padding only where lengths differ. Library: everything else, through ``enco
 
 from __future__ import annotations
 
+import pickle
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,11 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gpu_lance.device import is_out_of_memory
 from gpu_lance.embeddings.encoder import PACKED_TYPES, PackedEncoder, can_pack, runs_of
 from gpu_lance.embeddings.model_folder import ModelFolder
 from gpu_lance.embeddings.pooling import pool
 from gpu_lance.embeddings.tokens import TextTokenizer, Tokens
-from gpu_lance.errors import UntrustedModelError
+from gpu_lance.errors import (
+    EmbeddingError,
+    GpuLanceError,
+    OutOfDeviceMemoryError,
+    UntrustedModelError,
+)
 from gpu_lance.optional import require
 from gpu_lance.types import Side
 
@@ -25,6 +33,10 @@ if TYPE_CHECKING:
     import torch
 
 EXTRA = "cpu|cuda13|cuda12"
+
+# While transformers makes a model, torch's default dtype is that model's, in all threads; two loads
+# at once could leave the wrong one behind.
+_loading = threading.Lock()
 
 
 class TextModel(ABC):
@@ -38,12 +50,14 @@ class TextModel(ABC):
 class PackedModel(TextModel):
     """Encoder, pooling and what follows it, over packed tokens."""
 
-    def __init__(self, model: ModelFolder, weights: Any, device: torch.device) -> None:
+    def __init__(
+        self, model: ModelFolder, weights: Any, device: torch.device, trust_remote_code: bool
+    ) -> None:
         weights.to(device).eval().requires_grad_(False)
         self._encoder = PackedEncoder(weights)
         self._modes = model.pooling
         self._after = [
-            _after(model, index, device, self._encoder.dtype)
+            _after(model, index, device, self._encoder.dtype, trust_remote_code)
             for index in range(2, len(model.modules))
         ]
 
@@ -79,7 +93,7 @@ class PaddedModel(TextModel):
         features["modality"] = "text"
         for module in self.library:
             features = module(features)
-        return features["sentence_embedding"]  # type: ignore[no-any-return]
+        return features["sentence_embedding"]
 
 
 class LibraryModel(TextModel):
@@ -90,7 +104,7 @@ class LibraryModel(TextModel):
 
     def __call__(self, data: Any, rows: np.ndarray, side: Side, prompt: str) -> torch.Tensor:
         """Embed texts that stand in `data` as a list."""
-        return self.library.encode(  # type: ignore[no-any-return]
+        return self.library.encode(
             [data[row] for row in rows],
             prompt=prompt,
             batch_size=len(rows),
@@ -127,17 +141,23 @@ def load_text_model(
     ------
     UntrustedModelError
         If the model needs code of its own and that is not allowed.
+    EmbeddingError
+        If its files are damaged.
     """
+    if not trust_remote_code:
+        _check_activations(model)
     if tokenizer is not None and model.transformer.get("model_type") in PACKED_TYPES:
         transformers = require("transformers", extra=EXTRA)
         path = str(model.folder / model.modules[0].path)
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-        if can_pack(config):
-            with _quiet():
-                weights = transformers.AutoModel.from_pretrained(
-                    path, config=config, dtype=dtype, local_files_only=True
-                )
-            return PackedModel(model, weights, device)
+        options = {"local_files_only": True, "trust_remote_code": False}
+        with load_errors(str(model.folder)):
+            config = transformers.AutoConfig.from_pretrained(path, **options)
+            if can_pack(config):
+                with _alone():
+                    weights = transformers.AutoModel.from_pretrained(
+                        path, config=config, dtype=dtype, **options
+                    )
+                    return PackedModel(model, weights, device, trust_remote_code)
     library = load_library(model, device, dtype, trust_remote_code)
     if tokenizer is not None:
         return PaddedModel(library, tokenizer, device)
@@ -149,7 +169,9 @@ def load_library(
 ) -> Any:
     """Load a ``SentenceTransformer`` onto a device."""
     library = require("sentence_transformers", extra=EXTRA)
-    with untrusted(str(model.folder)), _quiet():
+    if not trust_remote_code:
+        _check_activations(model)
+    with load_errors(str(model.folder)), _alone():
         loaded = library.SentenceTransformer(
             str(model.folder),
             device=str(device),
@@ -161,22 +183,66 @@ def load_library(
 
 
 @contextmanager
-def untrusted(name: str) -> Iterator[None]:
-    """Turn a library's refusal to run a model's code into our error."""
+def load_errors(name: str) -> Iterator[None]:
+    """Say which model it is that cannot be loaded, and why."""
     try:
         yield
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise UntrustedModelError(
-            f"The model {name!r} brings code of its own, which does not run unless you allow it. "
-            "Read that code first; then pass trust_remote_code=True."
+    except GpuLanceError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfDeviceMemoryError(
+                f"The model {name!r} does not fit into the device's memory. Free memory there, or "
+                "use dtype='bfloat16' or a smaller model."
+            ) from error
+        if _is_unsafe_pickle(error):
+            raise UntrustedModelError(
+                f"The model {name!r} keeps its weights in a pickle that holds more than tensors, "
+                "or that is damaged; it is not read. Get a copy in the safetensors format."
+            ) from error
+        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+            raise UntrustedModelError(
+                f"The model {name!r} brings code of its own, which does not run unless you allow "
+                "it. Read that code first; then pass trust_remote_code=True."
+            ) from error
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise EmbeddingError(
+            f"The model {name!r} cannot be loaded ({type(error).__name__}: {reason}). If its files "
+            "are damaged, get it again."
         ) from error
+
+
+def _is_unsafe_pickle(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, pickle.UnpicklingError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _check_activations(model: ModelFolder) -> None:
+    """Refuse activation functions that are not torch's; the library would take another one."""
+    for module in model.modules:
+        name = module.config.get("activation_function")
+        if module.kind == "Dense" and name and not str(name).startswith("torch.nn."):
+            raise UntrustedModelError(
+                f"The model {str(model.folder)!r} has a layer with the activation function "
+                f"{name!r}, which is not torch's and does not run unless you allow it. Look at it "
+                "first; then pass trust_remote_code=True."
+            )
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Load a model while no other one is loaded, without transformers' progress bar."""
+    torch = require("torch", extra=EXTRA)
+    # the first batch loads the model, and weights made under inference_mode could not be trained
+    with _loading, torch.inference_mode(False), _quiet():
+        yield
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out transformers' progress bar of reading weights."""
     logging = require("transformers.utils.logging", extra=EXTRA)
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -188,15 +254,24 @@ def _quiet() -> Iterator[None]:
 
 
 def _after(
-    model: ModelFolder, index: int, device: torch.device, dtype: torch.dtype
+    model: ModelFolder,
+    index: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
 ) -> Callable[[Any], Any]:
     """Return the dense or normalising module at that place of the chain, as a function."""
     module = model.modules[index]
     if module.kind == "Normalize":
         # ours, since importing the library takes longer than loading a small model
-        return require("torch", extra=EXTRA).nn.functional.normalize  # type: ignore[no-any-return]
+        return require("torch", extra=EXTRA).nn.functional.normalize
     library = require("sentence_transformers.sentence_transformer.modules", extra=EXTRA)
-    loaded = library.Dense.load(str(model.folder), subfolder=module.path, local_files_only=True)
+    loaded = library.Dense.load(
+        str(model.folder),
+        subfolder=module.path,
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,
+    )
     dense = loaded.to(device=device, dtype=dtype).eval().requires_grad_(False)
     name = "sentence_embedding"
     return lambda vectors: dense({name: vectors})[name]

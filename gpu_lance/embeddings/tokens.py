@@ -99,9 +99,8 @@ class TextTokenizer:
         if module.config.get("do_lower_case"):
             _lower(tokenizer)
         limit = tokenizer.model_max_length
-        if not limits and model.positions is not None:
-            # also what the library does, but for models that begin to count behind the padding id,
-            # where its limit makes them fail
+        if model.positions is not None and (not limits or model.has_absolute_positions):
+            # the library lets a text of more tokens than positions fail
             limit = tokenizer.model_max_length = min(limit, model.positions)
         if limit >= 1 << 31:  # transformers' way to say that there is none
             limit = None

@@ -20,8 +20,8 @@ SIZES = {"hidden": 32, "layers": 2, "heads": 4, "positions": 66}
 BERT_LIKE = ("bert", "distilbert", "electra", "mpnet", "modernbert")
 
 
-def _tokenizer(kind: str) -> Any:
-    """A tokenizer of the family's sort, trained on CORPUS."""
+def _tokenizer(kind: str, frame: bool) -> Any:
+    """A tokenizer of the family's sort, trained on CORPUS; `frame` adds its special tokens."""
     from tokenizers import (
         Tokenizer,
         decoders,
@@ -70,11 +70,12 @@ def _tokenizer(kind: str) -> Any:
         )
     fast.train_from_iterator(CORPUS * 4, trainer)
     start, end = names["cls_token"], names["sep_token"]
-    fast.post_processor = processors.TemplateProcessing(
-        single=f"{start} $A {end}",
-        pair=f"{start} $A {end} $B:1 {end}:1",
-        special_tokens=[(name, fast.token_to_id(name)) for name in (start, end)],
-    )
+    if frame:
+        fast.post_processor = processors.TemplateProcessing(
+            single=f"{start} $A {end}",
+            pair=f"{start} $A {end} $B:1 {end}:1",
+            special_tokens=[(name, fast.token_to_id(name)) for name in (start, end)],
+        )
     inputs = ["input_ids", "attention_mask"]
     if kind in ("bert", "electra"):
         inputs.insert(1, "token_type_ids")
@@ -109,17 +110,17 @@ class Checkpoints:
         self.root = root
 
     def transformer(
-        self, kind: str = "bert", seed: int = 0, folder: Path | None = None, **options: Any
+        self, kind: str = "bert", seed: int = 0, frame: bool = True, **options: Any
     ) -> Path:
         """A plain transformers model: weights, configuration and tokenizer."""
         import torch
         from transformers import AutoModel
 
-        folder = folder or self._folder("plain", kind, seed, options)
+        folder = self._folder("plain", kind, seed, frame, options)
         if folder.is_dir():
             return folder
         torch.manual_seed(seed)
-        tokenizer = _tokenizer(kind)
+        tokenizer = _tokenizer(kind, frame)
         model = AutoModel.from_config(_config(kind, tokenizer, **options)).eval()
         for name, weight in model.named_parameters():
             # what is trained is neither zero nor one
@@ -140,6 +141,7 @@ class Checkpoints:
         prompts: dict[str, str] | None = None,
         max_seq_length: int | None = 40,
         seed: int = 0,
+        frame: bool = True,
         extra: tuple[str, ...] = (),
         **options: Any,
     ) -> Path:
@@ -148,11 +150,11 @@ class Checkpoints:
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.sentence_transformer import modules
 
-        parts = (pooling, dense, normalize, prompts, max_seq_length, extra, options)
+        parts = (pooling, dense, normalize, prompts, max_seq_length, frame, extra, options)
         folder = self._folder("sentence", kind, seed, parts)
         if folder.is_dir():
             return folder
-        plain = self.transformer(kind, seed, **options)
+        plain = self.transformer(kind, seed, frame, **options)
         torch.manual_seed(seed)
         first = modules.Transformer(str(plain), max_seq_length=max_seq_length)
         chain: list[Any] = [first, modules.Pooling(SIZES["hidden"], pooling)]
