@@ -7,6 +7,7 @@ and over small wrong trees, which show that it can find one.
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
@@ -197,6 +198,16 @@ def test_the_rules_see_the_package():
         if target[0] == PACKAGE and len(target) > 1 and len(name) > 1
     }
     assert {("db", "table"), ("ingest", "embeddings"), ("query", "index")} <= edges
+
+
+def test_the_documentation_draws_the_same_levels():
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    rows = re.findall(r"^L(\d+) +(.+)$", text, re.MULTILINE)
+    assert [int(level) for level, _ in rows] == list(range(len(LEVELS)))
+    assert [row.replace("*", "").split() for _, row in rows] == [list(units) for units in LEVELS]
+    planned = {unit.rstrip("*") for _, row in rows for unit in row.split() if unit.endswith("*")}
+    there = {name[1] for _, name in modules(ROOT) if len(name) > 1}
+    assert planned == LEVEL_OF.keys() - there
 
 
 WRONG = [
