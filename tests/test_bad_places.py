@@ -283,7 +283,8 @@ wiring = EmbeddingFunctionConfig(vector_column="vector", source_column="text", f
 def texts():
     schema = pa.schema({"text": pa.utf8(), "vector": pa.list_(pa.float32(), 384)})
     return db.create_table("texts", [{"text": "a"}], schema, embedding_functions=[wiring])
-print(said(texts), "texts" in db)
+if "faiss" not in missing:
+    print(said(texts), "texts" in db)
 """
 
 
@@ -307,7 +308,7 @@ def test_without_torch_tables_are_kept_and_searching_names_the_extra() -> None:
 
 
 def test_without_faiss_torch_searches() -> None:
-    assert run_without("faiss")[:2] == ["[2, 1]", "2 [2]"]
+    assert run_without("faiss") == ["[2, 1]", "2 [2]"]
 
 
 def test_without_model_libraries_vectors_are_searched_and_texts_name_the_extra() -> None:
