@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lance
 import pyarrow as pa
@@ -26,6 +26,8 @@ from gpu_lance.errors import (
     TableExistsError,
     TableNotFoundError,
 )
+
+T = TypeVar("T")
 
 FORMAT = "2.2"  # LanceDB appends to a newer one and cannot read it back
 REMOTE_INTERVAL = timedelta(seconds=5)
@@ -62,7 +64,7 @@ def operation_of(dataset: lance.LanceDataset) -> str | None:
         # on a handle of its own, since Lance locks the handle for it
         own = dataset.checkout_version(dataset.version)
         transaction = own.read_transaction(own.version)
-    except (OSError, RuntimeError, ValueError):
+    except (OSError, RuntimeError, ValueError, TypeError):  # TypeError: see index.sync.changes
         return None
     return None if transaction is None else type(transaction.operation).__name__
 
@@ -360,14 +362,6 @@ class Storage:
             dataset.delete(where)
         return self._committed(dataset)
 
-    def update_sql(self, values: Mapping[str, str], where: str | None) -> int:
-        """Commit new values, as SQL expressions by column; returns how many rows changed."""
-        dataset = self._own_handle()
-        with _lance_errors(self.name):
-            result = dataset.update(dict(values), where=where)
-        self._committed(dataset)
-        return int(result["num_rows_updated"])
-
     def set_metadata(self, metadata: Mapping[str, str]) -> lance.LanceDataset:
         """Commit schema metadata beside what is there."""
         dataset = self._own_handle()
@@ -398,11 +392,17 @@ class Storage:
             self._pinned = None
             return self._committed(self._refreshed(now=True))
 
-    def run(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Call a method of the latest dataset that commits a version, e.g. ``add_columns``."""
+    def run(self, change: Callable[[lance.LanceDataset], T]) -> T:
+        """Let `change` commit something through a handle of the latest version.
+
+        Parameters
+        ----------
+        change : callable
+            Given a dataset that nobody else holds, e.g. ``lambda ds: ds.drop_columns(["a"])``.
+        """
         dataset = self._own_handle()
         with _lance_errors(self.name):
-            result = getattr(dataset, method)(*args, **kwargs)
+            result = change(dataset)
         self._committed(dataset)
         return result
 

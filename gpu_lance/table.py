@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from gpu_lance.embeddings import EmbeddingFunctionConfig
-from gpu_lance.errors import BadInputError, QueryError
+from gpu_lance.errors import BadInputError
 from gpu_lance.handover import take_in
 from gpu_lance.index import metadata as index_metadata
-from gpu_lance.index.config import Flat
 from gpu_lance.ingest.embed import Policy, VectorColumn, vector_columns
 from gpu_lance.ingest.pipeline import Pipeline, Report
 from gpu_lance.ingest.progress import progress_callback
 from gpu_lance.ingest.read import Source, read
 from gpu_lance.ingest.rewrite import rewritten, touched
 from gpu_lance.ingest.tables import Planned, plan_table
+from gpu_lance.maintenance import Maintained
 from gpu_lance.merge import LanceMergeInsertBuilder, MergeResult, merged_source
 from gpu_lance.query import sql
 from gpu_lance.storage import ChangedRows
-from gpu_lance.table_reader import TableReader, functions_key
+from gpu_lance.table_reader import functions_key
 from gpu_lance.types import AddResult, DeleteResult, Metric, OnBadVectors, UpdateResult
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Table(TableReader):
+class Table(Maintained):
     """Rows in Lance, embedded on the way in and searched on the device; made by a connection.
 
     It may be used from several threads. The methods have LanceDB's names, arguments and results.
@@ -260,34 +260,6 @@ class Table(TableReader):
     def tags(self) -> Any:
         """Names for versions: ``create(tag, version)``, ``update``, ``delete``, ``list()``."""
         return self._storage.latest().tags
-
-    # --------------------------------------------------------------- indexes
-
-    def create_index(
-        self, column: str = "vector", *, config: Flat | None = None, **legacy: Any
-    ) -> None:
-        """Say how a vector column is searched by default.
-
-        Parameters
-        ----------
-        column : str
-        config : Flat, optional
-            The exact index, with the metric of searches that name none.
-
-        Raises
-        ------
-        QueryError
-            For any other kind of index: approximate ones are not available yet, and exact search
-            needs none.
-        """
-        if legacy or not isinstance(config or Flat(), Flat):
-            raise QueryError(
-                "Only config=Flat(distance_type=...) is available: approximate indexes are not, "
-                "and exact search on the device needs none."
-            )
-        self.column_index(column)
-        metadata = self._storage.writable().schema.metadata
-        self._storage.set_metadata(index_metadata.updated(metadata, column, config or Flat()))
 
     # --------------------------------------------------------------- helpers
 

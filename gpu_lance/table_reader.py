@@ -234,14 +234,15 @@ class TableReader:
 
     # --------------------------------------------------------------- helpers
 
-    def _asked(self, call: Callable[[], Any]) -> Any:
+    def _asked(self, call: Callable[[], Any], what: str = "filter") -> Any:
+        """Run `call`; what Lance does not understand of the caller's SQL is a QueryError."""
         try:
             return call()
         except (ValueError, OSError) as error:
             invalid = isinstance(error, ValueError) or "Invalid user input" in str(error)
             if isinstance(error, GpuLanceError) or not invalid:
                 raise
-            raise QueryError(f"The filter cannot be run: {first_line(error)}") from error
+            raise QueryError(f"The {what} cannot be run: {first_line(error)}") from error
 
     def _configs(self, schema: pa.Schema) -> dict[str, EmbeddingFunctionConfig]:
         key = functions_key(schema)

@@ -119,6 +119,13 @@ class UpdateResult:
 
 
 @dataclass(frozen=True)
+class ColumnsResult:
+    """What adding, altering or dropping columns did: the version that it made."""
+
+    version: int
+
+
+@dataclass(frozen=True)
 class Embeddings:
     """Vectors of a list of items, in the items' order, on the device that made them.
 

@@ -61,7 +61,8 @@ def test_each_write_is_one_version(storage: Storage) -> None:
     assert storage.dataset().version == 2
     storage.delete("id = 1")
     assert storage.dataset().version == 3
-    assert storage.update_sql({"text": "'x'"}, "id = 2") == 1
+    done = storage.run(lambda ds: ds.update({"text": "'x'"}, where="id = 2"))
+    assert done["num_rows_updated"] == 1
     assert storage.dataset().version == 4
     storage.set_metadata({"k": "v"})
     assert storage.dataset().version == 5

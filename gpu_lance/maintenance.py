@@ -1,0 +1,281 @@
+"""What Lance does for a table besides its rows: columns, scalar indexes, compaction, clean-up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from gpu_lance.embeddings import fingerprint, get_registry
+from gpu_lance.errors import BadInputError, QueryError, SchemaError, UnknownColumnError
+from gpu_lance.index import metadata as index_metadata
+from gpu_lance.index.config import Flat
+from gpu_lance.table_reader import TableReader
+from gpu_lance.types import ColumnsResult
+
+if TYPE_CHECKING:
+    import lance
+
+SCALAR_INDEXES = ("BTREE", "BITMAP", "LABEL_LIST")
+KEPT_FOR = timedelta(days=7)  # how long LanceDB keeps old versions
+
+
+class Maintained(TableReader):
+    """The half of :class:`gpu_lance.table.Table` that changes how rows are stored, not the rows."""
+
+    # --------------------------------------------------------------- columns
+
+    def add_columns(
+        self, transforms: Mapping[str, str] | pa.Field | list[pa.Field] | pa.Schema
+    ) -> ColumnsResult:
+        """Add columns that are computed by SQL, or hold nulls.
+
+        Parameters
+        ----------
+        transforms : dict of str to str, or Arrow fields
+            SQL expressions over the other columns by name, or the fields of columns of nulls.
+
+        Raises
+        ------
+        QueryError
+            If Lance does not understand an expression.
+
+        Examples
+        --------
+        >>> import gpu_lance
+        >>> table = gpu_lance.connect("memory://", device="cpu").create_table("t", [{"n": 2}])
+        >>> table.add_columns({"double": "n * 2"}).version
+        2
+        >>> table.search().to_list()
+        [{'n': 2, 'double': 4}]
+        """
+        if isinstance(transforms, pa.Field):
+            transforms = [transforms]
+        added: Any = dict(transforms) if isinstance(transforms, Mapping) else transforms
+        self._asked(lambda: self._storage.run(lambda ds: ds.add_columns(added)), "new column")
+        return ColumnsResult(self.version)
+
+    def alter_columns(self, *alterations: Mapping[str, Any]) -> ColumnsResult:
+        """Rename columns, or change their type or whether they take nulls.
+
+        Parameters
+        ----------
+        *alterations : dict
+            ``path`` names the column; ``rename`` (str), ``data_type`` (pyarrow.DataType) and
+            ``nullable`` (bool) say what to change.
+
+        Raises
+        ------
+        SchemaError
+            For the source or vector column of an embedding function, which knows them by name.
+        """
+        used = self._used_columns()
+        for alteration in alterations:
+            column = str(alteration.get("path"))
+            if column in used and not set(alteration) <= {"path", "nullable"}:
+                raise SchemaError(
+                    f"Column {column!r} belongs to the embedding function of {used[column]!r}, so "
+                    "it keeps its name and type. Drop that vector column first."
+                )
+        changes: list[Any] = [
+            {"name" if key == "rename" else key: value for key, value in alteration.items()}
+            for alteration in alterations
+        ]
+        self._asked(lambda: self._storage.run(lambda ds: ds.alter_columns(*changes)), "change")
+        return ColumnsResult(self.version)
+
+    def drop_columns(self, columns: Iterable[str]) -> ColumnsResult:
+        """Remove columns; with a vector column goes its embedding function.
+
+        Raises
+        ------
+        UnknownColumnError
+            For a column that the table does not have.
+        SchemaError
+            For the source of a vector column that stays.
+        """
+        names = [columns] if isinstance(columns, str) else list(columns)
+        schema = self._storage.writable().schema
+        for name in names:
+            root = name.split(".")[0]
+            if root not in schema.names:
+                raise UnknownColumnError(
+                    f"Table '{self.name}' has no column {name!r}; it has "
+                    f"{', '.join(schema.names)}."
+                )
+            for vector, config in self._configs(schema).items():
+                if config.source_column == name and vector not in names:
+                    raise SchemaError(
+                        f"Column {name!r} is the source of {vector!r}; drop that column too."
+                    )
+        self._forget(schema, names)
+        self._storage.run(lambda ds: ds.drop_columns(names))
+        return ColumnsResult(self.version)
+
+    def _used_columns(self) -> dict[str, str]:
+        """The columns that embedding functions read and write, each with the vector column."""
+        used: dict[str, str] = {}
+        for vector, config in self._configs(self._storage.writable().schema).items():
+            used[config.source_column] = used[vector] = vector
+        return used
+
+    def _forget(self, schema: pa.Schema, names: list[str]) -> None:
+        """Take what the metadata says of those vector columns away."""
+        metadata = schema.metadata or {}
+        changed: dict[str, str | None] = {}
+        functions = self._configs(schema)
+        if any(name in functions for name in names):
+            left = [config for name, config in functions.items() if name not in names]
+            changed["embedding_functions"] = None
+            for key, value in (get_registry().get_table_metadata(left) or {}).items():
+                changed[str(key)] = value.decode() if isinstance(value, bytes) else str(value)
+        stored = fingerprint.read(metadata)
+        if any(name in stored for name in names):
+            kept = {name: value for name, value in stored.items() if name not in names}
+            changed[fingerprint.METADATA_KEY.decode()] = json.dumps(kept)
+        for name in names:
+            if name in index_metadata.read(metadata):
+                changed.update(index_metadata.updated(metadata, name, None))
+        if changed:
+            self._storage.run(lambda ds: ds.update_schema_metadata(changed))
+
+    # --------------------------------------------------------------- indexes
+
+    def create_index(
+        self, column: str = "vector", *, config: Flat | None = None, **legacy: Any
+    ) -> None:
+        """Say how a vector column is searched by default.
+
+        Parameters
+        ----------
+        column : str
+        config : Flat, optional
+            The exact index, with the metric of searches that name none.
+
+        Raises
+        ------
+        QueryError
+            For any other kind of index: approximate ones are not available yet, and exact search
+            needs none.
+        """
+        if legacy or not isinstance(config or Flat(), Flat):
+            raise QueryError(
+                "Only config=Flat(distance_type=...) is available: approximate indexes are not, "
+                "and exact search on the device needs none."
+            )
+        self.column_index(column)
+        metadata = self._storage.writable().schema.metadata
+        self._storage.set_metadata(index_metadata.updated(metadata, column, config or Flat()))
+
+    def create_scalar_index(
+        self,
+        column: str,
+        *,
+        replace: bool = True,
+        index_type: str = "BTREE",
+        name: str | None = None,
+    ) -> None:
+        """Let Lance index a column, so that filters on it need no scan.
+
+        Parameters
+        ----------
+        column : str
+        replace : bool
+            Whether an index that is there is made again, rather than an error.
+        index_type : {"BTREE", "BITMAP", "LABEL_LIST"}
+        name : str, optional
+            ``<column>_idx`` if not given.
+
+        Raises
+        ------
+        UnknownColumnError
+            If there is no such column.
+        BadInputError
+            For another type of index, or a column that it cannot index.
+        """
+        kind = str(index_type).upper().replace("-", "_")
+        if kind not in SCALAR_INDEXES:
+            raise BadInputError(
+                f"index_type is {index_type!r}; it must be one of "
+                f"{', '.join(map(repr, SCALAR_INDEXES))}."
+            )
+        schema = self._storage.writable().schema
+        if column.split(".")[0] not in schema.names:
+            raise UnknownColumnError(
+                f"Table '{self.name}' has no column {column!r}; it has {', '.join(schema.names)}."
+            )
+
+        def create(dataset: lance.LanceDataset) -> None:
+            dataset.create_scalar_index(column, kind, name=name, replace=replace)  # type: ignore[arg-type]
+
+        try:
+            self._storage.run(create)
+        except (OSError, ValueError, TypeError) as error:
+            raise BadInputError(f"Column {column!r} cannot be indexed: {error}") from error
+
+    def drop_index(self, name: str) -> None:
+        """Remove one of Lance's indexes by its name.
+
+        Raises
+        ------
+        BadInputError
+            If there is none of that name.
+        """
+        names = [index.name for index in self.dataset().describe_indices()]
+        if name not in names:
+            raise BadInputError(
+                f"Table '{self.name}' has no index {name!r}; it has {', '.join(names) or 'none'}."
+            )
+        self._storage.run(lambda ds: ds.drop_index(name))
+
+    # ---------------------------------------------------------------- upkeep
+
+    def compact_files(self, **options: Any) -> Any:
+        """Join small files and leave deleted rows out; gives Lance's metrics.
+
+        Parameters
+        ----------
+        **options
+            Of Lance's ``dataset.optimize.compact_files``.
+        """
+        return self._storage.run(lambda ds: ds.optimize.compact_files(**options))
+
+    def cleanup_old_versions(
+        self, older_than: timedelta | None = None, *, delete_unverified: bool = False
+    ) -> Any:
+        """Delete versions that are older than `older_than`, 7 days by default.
+
+        Tagged versions stay. Gives Lance's statistics.
+
+        Parameters
+        ----------
+        older_than : timedelta, optional
+        delete_unverified : bool
+            Also files that may belong to a write that is going on.
+        """
+        return self._storage.run(
+            lambda ds: ds.cleanup_old_versions(
+                KEPT_FOR if older_than is None else older_than,
+                delete_unverified=delete_unverified,
+                error_if_tagged_old_versions=False,
+            )
+        )
+
+    def optimize(
+        self, *, cleanup_older_than: timedelta | None = None, delete_unverified: bool = False
+    ) -> None:
+        """Compact files, bring scalar indexes up to date, and clean up old versions.
+
+        Parameters
+        ----------
+        cleanup_older_than : timedelta, optional
+            7 days if not given.
+        delete_unverified : bool
+            See :meth:`cleanup_old_versions`.
+        """
+        self.compact_files()
+        self._storage.run(lambda ds: ds.optimize.optimize_indices())
+        self.cleanup_old_versions(cleanup_older_than, delete_unverified=delete_unverified)

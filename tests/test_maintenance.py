@@ -1,0 +1,158 @@
+"""Columns, scalar indexes, compaction and clean-up: the table's index and functions follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from gpu_lance.db import connect
+from gpu_lance.embeddings import TextEmbeddingFunction, fingerprint, get_registry, register
+from gpu_lance.errors import BadInputError, QueryError, SchemaError, UnknownColumnError
+from gpu_lance.index import Flat
+from gpu_lance.pydantic import LanceModel, Vector
+from gpu_lance.table import Table
+
+TEXTS = [f"{'a' * (i % 7)}{'b' * (i % 5)}" for i in range(60)]
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Iterator[Table]:
+    @register("upkeep")
+    class Letters(TextEmbeddingFunction):
+        def generate_embeddings(self, texts: list[str]) -> list[Any]:
+            return [[float(t.count("a")), float(t.count("b"))] for t in texts]
+
+        def ndims(self) -> int:
+            return 2
+
+    function = get_registry().get("upkeep").create()
+
+    class Row(LanceModel):
+        id: int
+        text: str = function.SourceField()
+        vector: Vector(2) = function.VectorField()
+        other: Vector(2)
+
+    made = connect(tmp_path, device="cpu").create_table("t", schema=Row)
+    for start in range(0, 60, 20):
+        rows = range(start, start + 20)
+        made.add([{"id": i, "text": TEXTS[i], "other": [float(i), 1.0]} for i in rows])
+    yield made
+    get_registry().reset()
+
+
+def nearest(table: Table, query: Any, column: str = "vector", **where: str) -> list[int]:
+    builder = table.search(query, column).limit(5)
+    for condition in where.values():
+        builder = builder.where(condition)
+    return [row["id"] for row in builder.to_list()]
+
+
+def brute(query: tuple[float, float], keep: Any = lambda i: True) -> list[int]:
+    points = np.array([[t.count("a"), t.count("b")] for t in TEXTS], float)
+    distances = ((points - query) ** 2).sum(axis=1)
+    return [i for i in np.argsort(distances, kind="stable") if keep(i)][:5]
+
+
+def test_columns_are_added_by_sql_or_empty(table: Table) -> None:
+    before = nearest(table, "aab")
+    assert table.add_columns({"twice": "id * 2"}).version == table.version
+    table.add_columns(pa.field("note", pa.string()))
+    table.add_columns([pa.field("x", pa.int32()), pa.field("y", pa.float32())])
+    row = table.search().where("id = 7").select(["twice", "note", "x", "y"]).to_list()[0]
+    assert row == {"twice": 14, "note": None, "x": None, "y": None}
+    assert nearest(table, "aab") == before == brute((2, 1))
+    with pytest.raises(QueryError, match="nope"):
+        table.add_columns({"z": "nope + 1"})
+
+
+def test_columns_are_renamed_and_retyped(table: Table) -> None:
+    retyped = {"path": "id", "data_type": pa.int32()}
+    table.alter_columns({"path": "other", "rename": "point"}, retyped)
+    assert table.schema.field("id").type == pa.int32()
+    assert nearest(table, [30.0, 1.0], "point") == [30, 29, 31, 28, 32]
+    for change in ({"rename": "words"}, {"data_type": pa.large_string()}):
+        with pytest.raises(SchemaError, match="belongs to the embedding function of 'vector'"):
+            table.alter_columns({"path": "text", **change})
+    with pytest.raises(QueryError, match="nope"):
+        table.alter_columns({"path": "nope", "rename": "x"})
+    table.add([{"id": 60, "text": "aaaaaaa", "point": [0.0, 0.0]}])
+    assert nearest(table, "aaaaaaa")[0] == 60
+
+
+def test_a_vector_column_is_dropped_with_its_function(table: Table) -> None:
+    table.create_index("vector", config=Flat(distance_type="cosine"))
+    with pytest.raises(SchemaError, match="source of 'vector'"):
+        table.drop_columns(["text"])
+    with pytest.raises(UnknownColumnError, match="nope"):
+        table.drop_columns(["nope"])
+    table.drop_columns(["vector"])
+    assert table.embedding_functions == {}
+    assert fingerprint.read(table.schema.metadata) == {}
+    assert nearest(table, [30.0, 1.0], "other") == [30, 29, 31, 28, 32]
+    table.add([{"id": 60, "text": "a", "other": [30.0, 1.0]}])
+    assert table.search([30.0, 1.0]).limit(2).to_list()[1]["id"] == 60
+    theirs = lancedb.connect(str(Path(table.uri).parent)).open_table("t")
+    theirs.add([{"id": 61, "text": "a", "other": [30.0, 1.0]}])
+    assert nearest(table, [30.0, 1.0], "other")[:3] == [30, 60, 61]
+    table.drop_columns(["text", "id"])
+    assert table.schema.names == ["other"]
+
+
+def test_source_and_vector_go_together(table: Table) -> None:
+    table.drop_columns(["vector", "text"])
+    assert table.schema.names == ["id", "other"]
+    assert len(table) == 60
+
+
+@pytest.mark.parametrize("kind", ["BTREE", "bitmap"])
+def test_a_filter_uses_a_scalar_index(table: Table, kind: str) -> None:
+    expected = brute((2, 1), lambda i: 10 <= i < 40)
+    assert nearest(table, "aab", where="id >= 10 AND id < 40") == expected
+    table.create_scalar_index("id", index_type=kind)
+    assert "ScalarIndexQuery" in table.to_lance().scanner(filter="id = 3").explain_plan()
+    assert nearest(table, "aab", where="id >= 10 AND id < 40") == expected
+    # rows that came after the index was made
+    table.add([{"id": 11, "text": "aab", "other": [0.0, 0.0]}])
+    assert nearest(table, "aab", where="id = 11")[0] == 11
+    assert len(nearest(table, "aab", where="id = 11")) == 2
+    table.optimize()
+    assert len(nearest(table, "aab", where="id = 11")) == 2
+    table.drop_index("id_idx")
+    with pytest.raises(BadInputError, match="no index 'id_idx'"):
+        table.drop_index("id_idx")
+
+
+def test_what_cannot_be_indexed(table: Table) -> None:
+    with pytest.raises(BadInputError, match="index_type"):
+        table.create_scalar_index("id", index_type="HASH")
+    with pytest.raises(UnknownColumnError, match="nope"):
+        table.create_scalar_index("nope")
+    with pytest.raises(BadInputError, match="vector"):
+        table.create_scalar_index("vector")
+
+
+def test_compaction_and_clean_up_change_no_answer(table: Table) -> None:
+    table.delete("id % 3 = 0")
+    expected = brute((2, 1), lambda i: i % 3)
+    assert nearest(table, "aab") == expected
+    ids = table.search().with_row_id(True).select(["id"]).to_arrow().sort_by("id")
+    assert table.compact_files().fragments_removed >= 3
+    assert nearest(table, "aab") == expected
+    assert table.search().with_row_id(True).select(["id"]).to_arrow().sort_by("id") == ids
+    versions = len(table.list_versions())
+    table.tags.create("kept", 2)
+    assert table.cleanup_old_versions(timedelta(0)).old_versions > 0
+    assert len(table.list_versions()) < versions
+    assert nearest(table, "aab") == expected
+    table.checkout("kept")
+    assert len(table) == 20
+    with pytest.raises(ValueError, match="cannot be modified"):
+        table.compact_files()
