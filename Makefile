@@ -30,6 +30,8 @@ TEST := .venv/.test-$(EXTRA)
 DEV := .venv/.dev-$(EXTRA)
 
 .PHONY: setup check test bench demo soak gpu
+# two installations into one .venv at a time would spoil it
+.NOTPARALLEL:
 
 demo: $(DEMO)
 	@$(BIN)/gpu-lance demo
@@ -45,7 +47,8 @@ bench: $(TEST)
 	@$(BIN)/python benchmarks/bench_text.py
 
 soak: $(TEST)
-	@$(BIN)/python -m pytest -q -m "soak and not gpu" --timeout 3600
+	@$(BIN)/python -m pytest -q -m "soak and not gpu" --timeout 3600 \
+	|| [ $$? -eq 5 ]  # no test has a long form yet
 
 gpu: $(TEST)
 	@$(BIN)/python -m pytest -q -m gpu
