@@ -88,7 +88,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("demo") / "db"
 
 
-def test_run_indexes_once_and_then_reuses_the_table(folder: Path) -> None:
+def test_run_indexes_once_and_then_reuses_the_table(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "BATCH", 16)
     moved: list[tuple[int, int]] = []
     notes: list[str] = []
     question = "Which values does an assertion take?"
@@ -96,15 +99,15 @@ def test_run_indexes_once_and_then_reuses_the_table(folder: Path) -> None:
         [question],
         db=folder,
         device="cpu",
-        rows=90,
+        rows=40,
         progress=lambda *state: moved.append(state),
         note=notes.append,
     )
-    assert (first.rows, first.reused, first.device, first.dims) == (90, False, "cpu", 384)
+    assert (first.rows, first.reused, first.device, first.dims) == (40, False, "cpu", 384)
     assert first.rows_per_s is not None
     assert first.rows_per_s > 0
-    assert moved[0] == (demo.BATCH, 90)
-    assert moved[-1] == (90, 90)
+    assert moved[:3] == [(16, 40), (32, 40), (40, 40)]
+    assert moved[-1] == (40, 40)
     assert [note.split()[0] for note in notes] == ["loading", "embedding"]
     assert Path(first.path).is_dir()
     assert [answer.question for answer in first.answers] == [*demo.QUESTIONS, question]
@@ -115,14 +118,14 @@ def test_run_indexes_once_and_then_reuses_the_table(folder: Path) -> None:
         assert distances == sorted(distances)
         assert answer.median_ms > 0
 
-    second = demo.run([question], db=folder, device="cpu", rows=90, limit=2)
-    assert (second.reused, second.version, second.rows) == (True, first.version, 90)
+    second = demo.run([question], db=folder, device="cpu", rows=40, limit=2)
+    assert (second.reused, second.version, second.rows) == (True, first.version, 40)
     assert (second.index_s, second.rows_per_s) == (None, None)
     for before, after in zip(first.answers, second.answers, strict=True):
         assert after.hits == before.hits[:2]
 
-    fresh = demo.run(db=folder, device="cpu", rows=90, fresh=True)
-    assert (fresh.reused, fresh.rows) == (False, 90)
+    fresh = demo.run(db=folder, device="cpu", rows=40, fresh=True)
+    assert (fresh.reused, fresh.rows) == (False, 40)
     assert fresh.version > first.version
 
 
