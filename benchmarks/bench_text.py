@@ -1,4 +1,3 @@
-# ruff: noqa: T201
 """Text embedding through `table.add`: rows per CPU-second beside LanceDB, on the same weights.
 
 Contenders embed the same texts with the same model folder, each in a process of its own with the

@@ -279,9 +279,7 @@ class LanceDBConnection:
             read_consistency_interval=self._interval,
         )
 
-    def _existing(
-        self, name: str, wanted: Any, storage_options: Mapping[str, str] | None
-    ) -> Table:
+    def _existing(self, name: str, wanted: Any, storage_options: Mapping[str, str] | None) -> Table:
         table = self.open_table(name, storage_options=storage_options)
         to_schema = getattr(wanted, "to_arrow_schema", None)
         columns = to_schema() if to_schema is not None else wanted
@@ -293,9 +291,7 @@ class LanceDBConnection:
             )
         return table
 
-    def open_table(
-        self, name: str, *, storage_options: Mapping[str, str] | None = None
-    ) -> Table:
+    def open_table(self, name: str, *, storage_options: Mapping[str, str] | None = None) -> Table:
         """Open a table; no model is loaded and no vector is read.
 
         Raises

@@ -103,8 +103,7 @@ class Maintained(TableReader):
             root = name.split(".")[0]
             if root not in schema.names:
                 raise UnknownColumnError(
-                    f"Table '{self.name}' has no column {name!r}; it has "
-                    f"{', '.join(schema.names)}."
+                    f"Table '{self.name}' has no column {name!r}; it has {', '.join(schema.names)}."
                 )
             for vector, config in self._configs(schema).items():
                 if config.source_column == name and vector not in names:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import lance
 import pyarrow as pa
@@ -29,7 +29,7 @@ from gpu_lance.errors import (
 
 T = TypeVar("T")
 
-FORMAT = "2.2"  # LanceDB appends to a newer one and cannot read it back
+FORMAT: Final = "2.2"  # LanceDB appends to a newer one and cannot read it back
 REMOTE_INTERVAL = timedelta(seconds=5)
 
 
@@ -325,7 +325,9 @@ class Storage:
                 done += fragment.physical_rows
         removed, updated = [], []
         for fragment_id in sorted(changed.fragments):
-            after = base.get_fragment(fragment_id).delete("true" if where is None else where)
+            stored = base.get_fragment(fragment_id)
+            assert stored is not None  # its rows were just read
+            after = stored.delete("true" if where is None else where)
             if after is None:
                 removed.append(fragment_id)
             else:
@@ -491,4 +493,3 @@ def local_path(uri: str) -> Path | None:
     if uri.startswith("file://"):
         return Path(uri.removeprefix("file://"))
     return None if "://" in uri else Path(uri)
-

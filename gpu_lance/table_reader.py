@@ -197,9 +197,7 @@ class TableReader:
         """
         from gpu_lance.query import search
 
-        return search(
-            self, query, vector_column_name, query_type, ordering_field_name, fts_columns
-        )
+        return search(self, query, vector_column_name, query_type, ordering_field_name, fts_columns)
 
     def embed_query(self, column: str, items: list[Any]) -> torch.Tensor:
         """Vectors (m, d) of m items on the device, by the column's embedding function.

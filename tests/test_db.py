@@ -38,7 +38,9 @@ def test_connect_is_public_and_makes_nothing(tmp_path: Path) -> None:
     assert db.uri == str(tmp_path / "new" / "db")
 
 
-@pytest.mark.parametrize("kwargs", [{"uri": None}, {"uri": "db://cloud"}, {"uri": "x", "api_key": "k"}])
+@pytest.mark.parametrize(
+    "kwargs", [{"uri": None}, {"uri": "db://cloud"}, {"uri": "x", "api_key": "k"}]
+)
 def test_places_that_cannot_be_connected_to(kwargs: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         connect(**kwargs)

@@ -70,9 +70,7 @@ def test_missing_columns_are_null_left_out_or_refused():
     result = align(batch(id=pa.array([1, 2])), SCHEMA, allow_missing={"vector"})
     assert result.schema.names == ["id", "text"]
     assert result.column("text").to_pylist() == [None, None]
-    assert align(batch(id=pa.array([1])), SCHEMA).column("vector").type == pa.list_(
-        pa.float32(), 2
-    )
+    assert align(batch(id=pa.array([1])), SCHEMA).column("vector").type == pa.list_(pa.float32(), 2)
     with pytest.raises(SchemaError, match=r"'id' is missing.*takes no nulls.*'text'"):
         align(batch(text=pa.array(["a"])), SCHEMA)
 

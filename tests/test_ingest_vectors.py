@@ -48,7 +48,9 @@ def fixed(rows, ndims, value_type=None):
 
 def batch_of(array, nullable=True):
     fields = [pa.field("id", pa.int64()), pa.field("v", array.type, nullable)]
-    return pa.RecordBatch.from_arrays([pa.array(range(len(array))), array], schema=pa.schema(fields))
+    return pa.RecordBatch.from_arrays(
+        [pa.array(range(len(array))), array], schema=pa.schema(fields)
+    )
 
 
 # bad_vectors

@@ -258,7 +258,9 @@ def test_vectors_stay_on_the_device_for_the_index_as_they_are_stored() -> None:
 
 def test_nothing_is_kept_when_a_row_is_not_on_the_device_or_memory_is_short() -> None:
     run = pipeline(Lengths.create())
-    run.write(read([{"id": 1, "text": "a", "vector": [1, 2, 3]}, {"id": 2, "text": "b"}], SCHEMA), list)
+    run.write(
+        read([{"id": 1, "text": "a", "vector": [1, 2, 3]}, {"id": 2, "text": "b"}], SCHEMA), list
+    )
     assert run.kept.take("vector", 2) is None
     kept = Kept(budget=100)
     kept.add("v", torch.zeros(2, 4), np.ones(2, bool), 2)

@@ -363,8 +363,6 @@ def vector_columns(
             continue
         checked = None if check is None else functools.partial(check, name, own)
         found.append(
-            VectorColumn(
-                name, field_.type, own.function, own.source_column, zero_is_bad, checked
-            )
+            VectorColumn(name, field_.type, own.function, own.source_column, zero_is_bad, checked)
         )
     return found

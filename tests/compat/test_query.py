@@ -406,11 +406,11 @@ def test_same_kind_of_error(pair: Pair, case: str) -> None:
 
 def test_same_error_of_outputs(pair: Pair) -> None:
     for table in pair("plain"):
-        with pytest.raises(ValueError):  # noqa: PT011
+        with pytest.raises(ValueError):
             list(table.search(Q).to_batches(0))
-        with pytest.raises(ValueError):  # noqa: PT011
+        with pytest.raises(ValueError):
             table.search(Q).to_pandas(flatten=0)
-        with pytest.raises(ValueError):  # noqa: PT011
+        with pytest.raises(ValueError):
             table.search(Q).to_pandas(blob_mode="nope")
         with pytest.raises(TypeError):
             table.search(Q).to_arrow(timeout=5)
@@ -449,13 +449,13 @@ def test_where_lancedb_gives_less(pair: Pair) -> None:
     assert theirs.search(nan).to_arrow().num_rows == 0
     with pytest.raises(QueryError, match="nan at position 0"):
         ours.search(nan).to_arrow()
-    with pytest.raises(ValueError):  # noqa: PT011
+    with pytest.raises(ValueError):
         theirs.search().order_by(desc("id")).select(["word"]).to_arrow()
     assert ours.search().order_by(desc("id")).select(["word"]).to_arrow().column_names == ["word"]
     with pytest.raises(TypeError):
         theirs.search(tuple(Q.tolist()))
     assert ours.search(tuple(Q.tolist())).limit(1).to_list()[0]["id"] == 7
-    with pytest.raises(ValueError):  # noqa: PT011
+    with pytest.raises(ValueError):
         theirs.search(Q).order_by(desc("_distance")).to_arrow()
     farthest = ours.search(Q).order_by(desc("_distance")).to_arrow()["_distance"].to_pylist()
     assert farthest == sorted(farthest, reverse=True)
