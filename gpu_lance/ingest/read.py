@@ -51,8 +51,9 @@ def read(data: Any, schema: pa.Schema | None = None, *, max_rows: int = MAX_ROWS
     schema : pyarrow.Schema, optional
         The table's schema. Values are converted towards its types, but the batches need
         :func:`~gpu_lance.ingest.align.align` to have them. Without it the data decides: all of it
-        if it is a list or a dict, the first batch if it is a stream; the batches then have
-        ``Source.schema``, but for vector columns with wrong lengths, which stay lists.
+        if it is a list or a dict, the first batch if it is a stream, the class if the rows are
+        LanceModels; the batches then have ``Source.schema``, but for those of LanceModels, and
+        for vector columns with wrong lengths, which stay lists.
     max_rows : int
         Rows of a batch at most.
 
