@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 FLOAT32 = pa.float32()
 
 
-def Vector(  # noqa: N802  (LanceDB's name)
+def Vector(
     dim: int, value_type: pa.DataType = FLOAT32, nullable: bool = True
 ) -> type[FixedSizeListMixin]:
     """A type for fields that hold one vector.
@@ -85,7 +85,7 @@ def Vector(  # noqa: N802  (LanceDB's name)
     return _vector_type("Vector", _checked_dim(dim), _checked_type(value_type), bool(nullable))
 
 
-def MultiVector(  # noqa: N802  (LanceDB's name)
+def MultiVector(
     dim: int, value_type: pa.DataType = FLOAT32, nullable: bool = True
 ) -> type[FixedSizeListMixin]:
     """A type for fields that hold a list of any number of vectors, such as one for each token.

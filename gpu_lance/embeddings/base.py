@@ -79,11 +79,11 @@ class EmbeddingFunction(Configured, ABC):
         """Return one item or any column of items as a list."""
         return as_list(texts)
 
-    def SourceField(self, **kwargs: Any) -> Any:  # noqa: N802  (LanceDB's name)
+    def SourceField(self, **kwargs: Any) -> Any:
         """Return a pydantic field that marks the column this function embeds."""
         return self._marked_field("source_column_for", kwargs)
 
-    def VectorField(self, **kwargs: Any) -> Any:  # noqa: N802  (LanceDB's name)
+    def VectorField(self, **kwargs: Any) -> Any:
         """Return a pydantic field that marks the column this function's vectors go to.
 
         Its default is None, since the vector is made when the row is added.

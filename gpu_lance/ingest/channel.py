@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Stopped(Exception):  # noqa: N818  (it is no error)
+class Stopped(Exception):
     """The other side of a channel has given up; its own error says why."""
 
 
