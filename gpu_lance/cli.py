@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gpu_lance import __version__
-from gpu_lance.errors import BadInputError, GpuLanceError, TableNotFoundError
+from gpu_lance.errors import BadInputError, GpuLanceError
 from gpu_lance.types import Metric
 
 if TYPE_CHECKING:
-    from gpu_lance.db import LanceDBConnection
     from gpu_lance.demo import Report
 
 logger = logging.getLogger(__name__)
@@ -149,12 +148,9 @@ def info(
 
         found = overview.system(device)
         if db is not None:
-            with _database(db, device) as connection:
-                names = connection.table_names() if table is None else [table]
+            with overview.open_database(db, device) as connection:
                 found["database"] = db
-                found["tables"] = [
-                    _described(connection, name, alone=table is not None) for name in names
-                ]
+                found["tables"] = overview.tables(connection, table)
     if as_json:
         _write_json(found)
     else:
@@ -162,7 +158,7 @@ def info(
     broken = [entry for entry in found.get("tables", ()) if "error" in entry]
     if broken:
         for entry in broken:
-            _say(f"error: table {entry['name']!r} cannot be read: {entry['error']}")
+            _say(f"error: table {entry['name']!r} cannot be read: {_plain_text(entry['error'])}")
         raise typer.Exit(1)
 
 
@@ -200,11 +196,13 @@ def search(
 ) -> None:
     """Return the rows of a table that are nearest to a query."""
     wanted = _vector(query) if vector else query
-    with _failing(as_json), _database(db, device) as connection:
+    from gpu_lance import overview
+
+    with _failing(as_json), overview.open_database(db, device) as connection:
         used = str(connection.device)
-        opened = _opened(connection, table)
+        opened = overview.open_table(connection, table)
         start = time.perf_counter()
-        builder = opened.search(wanted, column).limit(limit)
+        builder: Any = opened.search(wanted, column).limit(limit)
         if where is not None:
             builder = builder.where(where)
         if distance_type is not None:
@@ -229,47 +227,6 @@ def search(
     _show_table(names, [[hit[name] for name in names] for hit in hits])
     count = f"{len(hits)} row{'' if len(hits) == 1 else 's'}"
     _note(f"{count} of {found['rows']} in {took:.0f} ms on {used}, loading included")
-
-
-# ------------------------------------------------------------------ opening
-
-
-def _database(uri: str, device: str) -> LanceDBConnection:
-    """Connect to what must be there already."""
-    from gpu_lance.db import connect
-
-    if "://" not in uri:
-        folder = Path(uri).expanduser()
-        if folder.is_dir() and folder.suffix == ".lance":
-            raise BadInputError(
-                f"{uri!r} is a table; give the folder that it is in and its name: "
-                f"{str(folder.parent)!r} {folder.stem!r}."
-            )
-        if not folder.exists():
-            raise BadInputError(f"There is no folder {uri!r}; `gpu-lance demo` makes 'demo_db'.")
-    return connect(uri, device=device)
-
-
-def _opened(connection: LanceDBConnection, name: str) -> Any:
-    try:
-        return connection.open_table(name)
-    except TableNotFoundError as error:
-        names = ", ".join(connection.table_names()) or "no tables"
-        raise TableNotFoundError(
-            f"Table '{name}' was not found in {connection.uri!r}, which has {names}."
-        ) from error
-
-
-def _described(connection: LanceDBConnection, name: str, alone: bool) -> dict[str, Any]:
-    """What there is to say of a table; in a listing, a damaged one does not hide the others."""
-    from gpu_lance.overview import describe
-
-    try:
-        return describe(_opened(connection, name))
-    except Exception as error:
-        if alone:
-            raise
-        return {"name": name, "error": _one_line(error)}
 
 
 def _columns(table: Any, select: list[str] | None) -> list[str]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpu_lance import __version__
 from gpu_lance import device as devices
-from gpu_lance.errors import MissingExtraError
+from gpu_lance.errors import BadInputError, MissingExtraError, TableNotFoundError
 from gpu_lance.optional import require
 
 if TYPE_CHECKING:
+    from gpu_lance.db import LanceDBConnection
     from gpu_lance.table import Table
 
 # Distributions, not modules: three of them bring the module faiss, of which one may be there.
@@ -155,3 +157,59 @@ def holds_vectors(kind: Any) -> bool:
     import pyarrow as pa
 
     return bool(pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type))
+
+
+def open_database(uri: str, device: str = "auto") -> LanceDBConnection:
+    """Connect to a database that is there already.
+
+    Raises
+    ------
+    BadInputError
+        If there is no such folder, or it is a file or a table.
+    """
+    from gpu_lance.db import connect
+
+    if "://" not in uri:
+        folder = Path(uri).expanduser()
+        if folder.is_dir() and folder.suffix == ".lance":
+            raise BadInputError(
+                f"{uri!r} is a table; give the folder that it is in and its name: "
+                f"{str(folder.parent)!r} {folder.stem!r}."
+            )
+        if not folder.exists():
+            raise BadInputError(f"There is no folder {uri!r}; `gpu-lance demo` makes 'demo_db'.")
+    return connect(uri, device=device)
+
+
+def open_table(connection: LanceDBConnection, name: str) -> Table:
+    """Open a table.
+
+    Raises
+    ------
+    TableNotFoundError
+        If there is none of that name; the message names those that there are.
+    """
+    try:
+        return connection.open_table(name)
+    except TableNotFoundError as error:
+        names = ", ".join(connection.table_names()) or "no tables"
+        raise TableNotFoundError(
+            f"Table '{name}' was not found in {connection.uri!r}, which has {names}."
+        ) from error
+
+
+def tables(connection: LanceDBConnection, name: str | None = None) -> list[dict[str, Any]]:
+    """What :func:`describe` says of one table or of all.
+
+    Of all of them, one that cannot be read does not hide the others: it has ``name`` and ``error``
+    only.
+    """
+    if name is not None:
+        return [describe(open_table(connection, name))]
+    found = []
+    for each in connection.table_names():
+        try:
+            found.append(describe(connection.open_table(each)))
+        except Exception as error:  # whatever Lance makes of a damaged file
+            found.append({"name": each, "error": f"{type(error).__name__}: {error}"})
+    return found

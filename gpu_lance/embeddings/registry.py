@@ -32,6 +32,12 @@ BUILT_IN: dict[str, str] = {
     ),
 }
 
+# LanceDB's other providers, which this package does not have yet.
+NOT_YET = frozenset(
+    "bedrock-text cohere colbert colpali gemini-text gte-text huggingface imagebind instructor jina "
+    "ollama open-clip openai siglip voyageai watsonx".split()
+)
+
 _ALIAS = "__embedding_function_registry_alias__"
 
 
@@ -228,6 +234,8 @@ class EmbeddingFunctionRegistry:
         wanted = str(name).lower().replace("_", "-")
         near = [plain[match] for match in difflib.get_close_matches(wanted, plain, n=3)]
         hint = f" Did you mean {' or '.join(repr(match) for match in near)}?" if near else ""
+        if wanted in NOT_YET:
+            hint = " LanceDB's provider of that name is not available here yet."
         return UnknownProviderError(
             f"No embedding function is registered as {name!r}.{hint} Known: {', '.join(names)}; "
             "register a class of your own with @register('name')."
