@@ -34,8 +34,24 @@ BUILT_IN: dict[str, str] = {
 
 # LanceDB's other providers, which this package does not have yet.
 NOT_YET = frozenset(
-    "bedrock-text cohere colbert colpali gemini-text gte-text huggingface imagebind instructor "
-    "jina ollama open-clip openai siglip voyageai watsonx".split()
+    {
+        "bedrock-text",
+        "cohere",
+        "colbert",
+        "colpali",
+        "gemini-text",
+        "gte-text",
+        "huggingface",
+        "imagebind",
+        "instructor",
+        "jina",
+        "ollama",
+        "open-clip",
+        "openai",
+        "siglip",
+        "voyageai",
+        "watsonx",
+    }
 )
 
 _ALIAS = "__embedding_function_registry_alias__"
