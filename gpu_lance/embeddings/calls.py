@@ -201,6 +201,10 @@ def _as_rows(
     returned: Any, positions: list[int], ndims: int, name: str
 ) -> tuple[torch.Tensor, set[int]]:
     """Turn what a function returned into (m, ndims), and say which items got no vector."""
+    if hasattr(returned, "to_pylist"):  # Arrow
+        returned = returned.to_pylist()
+    elif hasattr(returned, "to_numpy"):  # a data frame, or a column of vectors
+        returned = returned.to_numpy()
     if not hasattr(returned, "__len__"):
         raise EmbeddingError(
             f"{name} must return a list of vectors, got a {type(returned).__name__}."
@@ -231,7 +235,7 @@ def _stack(vectors: list[Any]) -> torch.Tensor | None:
     torch = require("torch", extra="cpu|cuda13|cuda12")
     if any(isinstance(vector, torch.Tensor) for vector in vectors):
         tensors = [as_tensor(vector) for vector in vectors]
-        if len({tuple(tensor.shape) for tensor in tensors}) > 1:
+        if len({tuple(tensor.shape) for tensor in tensors}) > 1 or tensors[0].is_complex():
             return None
         return torch.stack([tensor.to(tensors[0].device) for tensor in tensors])
     array = np.asarray(vectors)
@@ -248,25 +252,38 @@ def _is_numeric(values: Any) -> bool:
     return kind in "fiub" if kind is not None else not dtype.is_complex
 
 
+def _length(vector: Any) -> int | None:
+    """How many numbers a vector has; None for what has no length, such as a number."""
+    try:
+        return None if isinstance(vector, str | bytes) else len(vector)
+    except TypeError:
+        return None
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, str | bytes) or np.ndim(value) or np.iscomplexobj(value):
+        return False
+    try:
+        float(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return True
+
+
 def _first_fault(returned: Any, positions: list[int], ndims: int, name: str) -> EmbeddingError:
     for where, vector in zip(positions, returned, strict=True):
         if vector is None:
             continue
-        if isinstance(vector, str | bytes) or not hasattr(vector, "__len__"):
+        length = _length(vector)
+        if length is None:
             return EmbeddingError(
                 f"{name} returned {_shown(vector)} for item {where}; a vector is a list of "
                 f"{ndims} numbers."
             )
-        if len(vector) != ndims:
-            return _wrong_length(name, where, len(vector), ndims)
+        if length != ndims:
+            return _wrong_length(name, where, length, ndims)
         for number in vector:
-            try:
-                numeric = not isinstance(number, str | bytes | complex | np.complexfloating)
-                if numeric:
-                    float(number)
-            except (TypeError, ValueError, OverflowError):
-                numeric = False
-            if not numeric:
+            if not _is_number(number):
                 return EmbeddingError(
                     f"{name} returned a vector for item {where} that holds {_shown(number)}; a "
                     f"vector is a list of {ndims} numbers."

@@ -197,6 +197,11 @@ class DeviceEmbeddingFunction(EmbeddingFunction):
         if payload.bad:
             rows = np.delete(rows, list(payload.bad))
         costs = np.ones(len(good), np.int64) if payload.costs is None else payload.costs
+        if costs.shape != (len(good),):
+            raise EmbeddingError(
+                f"{type(self).__name__} gave costs of shape {costs.shape} for {len(good)} items; "
+                "it must be one for each."
+            )
         order = rows[np.argsort(-costs[rows].astype(np.int64), kind="stable")]
         return Prepared(
             payload.data, order, positions[order], costs[order], len(items), side, errors
@@ -254,7 +259,15 @@ class DeviceEmbeddingFunction(EmbeddingFunction):
     ) -> torch.Tensor:
         """Run one batch: (end - start, ndims), float32, normalised if it shall be."""
         name = type(self).__name__
+        torch = require("torch", extra="cpu|cuda13|cuda12")
         vectors = self.forward(prepared.payload, prepared.rows[start:end], prepared.side, device)
+        if not isinstance(vectors, torch.Tensor):
+            raise EmbeddingError(
+                f"{name} gave a {type(vectors).__name__}; it must be a torch tensor, one row an "
+                "item."
+            )
+        if vectors.is_complex():
+            raise EmbeddingError(f"{name} gave numbers of {vectors.dtype}; they must be real.")
         if vectors.ndim != 2 or vectors.shape[0] != end - start:
             raise EmbeddingError(
                 f"{name} gave a tensor {tuple(vectors.shape)} for {end - start} items; it must be "
@@ -267,8 +280,7 @@ class DeviceEmbeddingFunction(EmbeddingFunction):
             )
         vectors = vectors.float()
         if self.normalize:
-            functional = require("torch.nn.functional", extra="cpu|cuda13|cuda12")
-            vectors = functional.normalize(vectors, dim=1)
+            vectors = torch.nn.functional.normalize(vectors, dim=1)
         return vectors
 
     def _embed(self, items: list[Any], side: Side) -> Embeddings:
