@@ -122,16 +122,17 @@ def fit_column(array: pa.Array, field: pa.Field, first_row: int = 0) -> pa.Array
     _refuse_nested(array.type, wanted, field.name)
     if is_vector_type(wanted) and is_list_like(array.type):
         value_type = array.type.value_type
-        if pa.types.is_floating(value_type) or pa.types.is_integer(value_type):
+        if _is_number(value_type):
             return _fit_vectors(array, wanted)
         if pa.types.is_null(value_type):  # every list is empty
             return _fit_vectors(array.cast(pa.list_(wanted.value_field)), wanted)
     try:
-        return array.cast(wanted)
+        return _cast(array, wanted)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
         problem = error
+    # not of a slice, of which Arrow would cast the values of all rows
     row = first_failure(
-        len(array), lambda start, stop: array.slice(start, stop - start).cast(wanted)
+        len(array), lambda start, stop: _cast(array.take(pa.array(range(start, stop))), wanted)
     )
     if row is None or isinstance(problem, pa.ArrowNotImplementedError):
         first = int(np.flatnonzero(valid_rows(array))[0])
@@ -189,6 +190,37 @@ def shorten(value: object, limit: int = 60) -> str:
         return repr(value)[: limit - 3] + "..."
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _cast(array: pa.Array, wanted: pa.DataType) -> pa.Array:
+    """Arrow's cast, but that fixed-size lists inside structs and lists may be null."""
+    found = array.type
+    if found == wanted:
+        return array
+    if pa.types.is_struct(found) and pa.types.is_struct(wanted):
+        fields = [wanted.field(i) for i in range(wanted.num_fields)]
+        places = [found.get_field_index(field.name) for field in fields]
+        parts = array.flatten()  # unlike field(), null where the struct is
+        children = [
+            pa.nulls(len(array), field.type) if i < 0 else _cast(parts[i], field.type)
+            for i, field in zip(places, fields, strict=True)
+        ]
+        mask = pa.array(~valid_rows(array)) if array.null_count else None
+        return pa.StructArray.from_arrays(children, fields=fields, mask=mask)
+    if is_list_like(found) and is_list_like(wanted):
+        array = as_list(array)
+        lengths = np.where(valid_rows(array), row_lengths(array), 0)
+        if is_vector_type(wanted) and _is_number(found.value_type):
+            if bool((lengths == wanted.list_size)[valid_rows(array)].all()):
+                return to_fixed(array, wanted)
+        elif pa.types.is_list(wanted) and pa.types.is_nested(wanted.value_type):
+            values = _cast(array.flatten(), wanted.value_type)
+            return make_list(values, lengths, valid_rows(array), wanted.value_field)
+    return array.cast(wanted)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
 
 
 def _fit_vectors(array: pa.Array, wanted: pa.FixedSizeListType) -> pa.Array:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from gpu_lance.errors import BadInputError, UnsupportedDataError
@@ -153,7 +154,9 @@ def column_to_arrow(
             pass
     values = [plain(value) for value in values]
     problem: BaseException
-    last = typed if wanted is None or pa.types.is_integer(wanted) else wanted
+    last = typed
+    if wanted is not None and (not pa.types.is_integer(wanted) or _are_whole(values)):
+        last = wanted
     for type_ in dict.fromkeys((typed, None, last)):
         try:
             return _storable(pa.array(values, type=type_))
@@ -227,6 +230,11 @@ def _lenient(wanted: pa.DataType) -> pa.DataType | None:
     if pa.types.is_fixed_size_list(wanted):
         return pa.list_(wanted.value_field)
     return wanted
+
+
+def _are_whole(values: Iterable[Any]) -> bool:
+    """Whether all are integers or None, so that Arrow has nothing to cut off."""
+    return all(value is None or isinstance(value, int | np.integer) for value in values)
 
 
 def _has_integers(type_: pa.DataType) -> bool:
