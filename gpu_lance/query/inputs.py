@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -177,9 +178,11 @@ def _row(value: Any, position: int) -> Any:
 
 def _numbers(values: list[Any]) -> np.ndarray:
     try:
-        array = np.asarray(values, dtype=np.float64)
+        array = np.asarray(values)
+        if array.dtype.kind not in "fiu":
+            array = _reals(values)
     except (TypeError, ValueError, OverflowError) as error:
-        raise QueryError(f"A query vector holds something that is no number: {error}") from error
+        raise QueryError(f"A query vector holds something that is no number: {error}.") from error
     if array.ndim != 1:
         raise QueryError(
             f"A query has {array.ndim} axes more than a vector: a list of lists is a batch, and "
@@ -187,6 +190,15 @@ def _numbers(values: list[Any]) -> np.ndarray:
         )
     with np.errstate(over="ignore"):  # beyond float32 is infinite, which is refused later
         return array.astype(np.float32)
+
+
+def _reals(values: list[Any]) -> np.ndarray:
+    """Numbers of Python's own kinds; asked for float64 at once, numpy would read "2" and None."""
+    kinds = {type(value) for value in values}
+    real = {kind for kind in kinds if issubclass(kind, numbers.Real | Decimal)} - {bool}
+    if wrong := kinds - real:
+        raise TypeError(", ".join(sorted(kind.__name__ for kind in wrong)))
+    return np.asarray(values, dtype=np.float64)
 
 
 def _vectors(array: Any) -> Queries:
