@@ -165,15 +165,16 @@ def _on_hub(repo: str, revision: str | None, searched: list[str]) -> Located | N
     if any(file.endswith(".safetensors") for file in names):
         skip += ["*.bin", "*.pt"]
     try:
+        # by its name and not its commit, or the cache would not know later what the name stood for
         folder = Path(
             hub.snapshot_download(
-                repo, revision=info.sha, ignore_patterns=skip, etag_timeout=HUB_TIMEOUT
+                repo, revision=revision, ignore_patterns=skip, etag_timeout=HUB_TIMEOUT
             )
         )
     except Exception as error:
         searched.append(f"the download of {repo!r} failed ({_first_line(error)})")
         return None
-    return Located(folder, repo, str(info.sha or ""), "hub")
+    return Located(folder, repo, folder.name, "hub")
 
 
 def _folder_of(name: str) -> Path | None:
