@@ -225,7 +225,7 @@ def search(
     names = list(hits[0]) if hits else []
     names = ["_distance", *(name for name in names if name != "_distance")]
     _show_table(names, [[hit[name] for name in names] for hit in hits])
-    count = f"{len(hits)} row{'' if len(hits) == 1 else 's'}"
+    count = _count(len(hits), "row")
     _note(f"{count} of {found['rows']} in {took:.0f} ms on {used}, loading included")
 
 
@@ -335,6 +335,10 @@ def _plain_text(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in _words(text))
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _words(text: str) -> str:
     return " ".join(text.split())
 
@@ -413,9 +417,9 @@ def _show_info(found: dict[str, Any]) -> None:
     if "tables" not in found:
         return
     tables = [table for table in found["tables"] if "error" not in table]
-    typer.echo(f"database  {found['database']}, {len(found['tables'])} tables\n")
+    typer.echo(f"database  {found['database']}, {_count(len(found['tables']), 'table')}\n")
     for table in tables:
-        rows = f"{table['rows']} row{'' if table['rows'] == 1 else 's'}"
+        rows = _count(table["rows"], "row")
         typer.echo(f"{table['name']}: {rows}, version {table['version']}, {table['path']}")
         sources = {entry["vector_column"]: entry for entry in table["embedding_functions"]}
         names = ["column", "type", "metric", "made from", "by"]

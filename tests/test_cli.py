@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -384,6 +385,48 @@ def test_a_missing_table_as_a_process(tmp_path: Path) -> None:
     assert result.stderr == (
         "gpu-lance: error: Table 'nope' was not found in '.', which has no tables.\n"
     )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are POSIX's")
+def test_a_table_on_a_terminal_is_drawn_and_cannot_steer_it(database: str) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    arguments = ["search", database, "odd", "[0, 1]", "--vector", "-c", "left_vector"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gpu_lance.cli", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "160"},
+    )
+    os.close(theirs)
+    out = b""
+    with contextlib.suppress(OSError):  # Linux's way to say that the other end is closed
+        while part := os.read(ours, 4096):
+            out += part
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+    text = out.decode()
+    assert "\t" not in text
+    assert "\x1b[31m" not in text
+    assert "\ufffd[31mred one line" in text
+    assert [line.split()[0] for line in text.splitlines()[1:]] == ["0", "41"]
+
+
+def test_a_reader_that_goes_away_is_no_traceback(database: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gpu_lance.cli", "info", database, "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    error = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 1
+    assert "Traceback" not in error
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")

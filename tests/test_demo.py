@@ -83,6 +83,11 @@ def test_a_python_without_topics_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         passages()
 
 
+@pytest.fixture(autouse=True)
+def few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "REPEATS", 1)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("demo") / "db"
