@@ -140,6 +140,16 @@ def test_a_half_cached_model_does_not_count(offline):
         locate("someone/half")
 
 
+def test_a_model_with_a_part_of_its_weights_does_not_count(tmp_path):
+    index = {"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}
+    files = {"model.safetensors.index.json": index, "model-1-of-2.safetensors": "weights"}
+    folder = fill(tmp_path / "half", **files, **{"model.safetensors": None})
+    with pytest.raises(ModelNotFoundError, match=r"has no file 'model-2-of-2\.safetensors'"):
+        locate(str(folder))
+    (folder / "model-2-of-2.safetensors").write_text("weights")
+    assert locate(str(folder)).folder == folder.resolve()
+
+
 def test_a_revision_is_looked_for_in_the_cache(offline):
     other = COMMIT[::-1]
     cached(offline, "me/model")

@@ -107,16 +107,19 @@ def _in_cache(repo: str, revision: str | None, searched: list[str]) -> Located |
     hub = require("huggingface_hub", extra=EXTRA)
     home = require("huggingface_hub.constants", extra=EXTRA).HF_HUB_CACHE
     for cache in dict.fromkeys((None, os.environ.get("SENTENCE_TRANSFORMERS_HOME"))):
+        # not by snapshot_download, for which a snapshot without what we left out is not complete
         try:
-            folder = Path(
-                hub.snapshot_download(
-                    repo, revision=revision, cache_dir=cache, local_files_only=True
-                )
-            )
+            found = [
+                hub.try_to_load_from_cache(repo, name, cache_dir=cache, revision=revision)
+                for name in ("modules.json", "config.json")
+            ]
         except (OSError, ValueError) as error:
             if type(error).__name__ == "HFValidationError":
                 searched.append(f"{repo!r} is no name on the hub")
                 return None
+            continue
+        folder = next((Path(file).parent for file in found if isinstance(file, str)), None)
+        if folder is None:
             continue
         fault = _fault(folder)
         if fault is None:
@@ -192,6 +195,10 @@ def _fault(folder: Path) -> str | None:
     A list of modules may hold no weights at all (a bag of words), so it counts by itself if every
     module's folder is there.
     """
+    for index in folder.rglob("*.safetensors.index.json"):
+        parts = (read_json(index, dict) or {}).get("weight_map") or {}
+        if lost := [name for name in parts.values() if not (index.parent / name).is_file()]:
+            return f"has no file {min(lost)!r}, a part of the weights"
     modules = read_json(folder / "modules.json", list)
     if modules is None:
         if not (folder / "config.json").is_file():
