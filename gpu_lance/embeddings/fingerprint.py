@@ -17,7 +17,7 @@ from typing import Any
 from gpu_lance.embeddings.base import EmbeddingFunction
 from gpu_lance.embeddings.device_base import DeviceEmbeddingFunction
 from gpu_lance.embeddings.locate import Located, read_json
-from gpu_lance.embeddings.model_folder import ModelFolder, safetensors_header
+from gpu_lance.embeddings.model_folder import ModelFolder, ModuleFiles, safetensors_header
 from gpu_lance.errors import FingerprintError
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ again.
     keys = stored.keys() & actual.keys()
     if stored.get("weights") and actual.get("weights"):
         keys -= {"model", "revision"}
-    different = sorted(key for key in keys if stored[key] != actual[key])
+    different = sorted(key for key in keys if _plain(key, stored) != _plain(key, actual))
     if not different:
         return
     details = ", ".join(f"{key}: {stored[key]!r} and {actual[key]!r}" for key in different)
@@ -116,6 +116,7 @@ def of_text_model(
     dims: int,
     normalize: bool,
     prompts: Mapping[str, str],
+    hide_prompts: bool = False,
 ) -> dict[str, str]:
     """Return the fingerprint of a sentence-transformers model.
 
@@ -131,14 +132,18 @@ def of_text_model(
         Whether vectors are scaled to length 1.
     prompts : mapping of str to str
         The text before each item, by side.
+    hide_prompts : bool
+        Whether only their hashes may be stored, since they come from a variable.
     """
+    if hide_prompts:
+        prompts = {side: _hidden(text) for side, text in prompts.items()}
     weights, tokenizer = _hashes(model.folder, tuple(model.stamp()))
     return {
         "provider": "sentence-transformers",
         "model": located.model,
         "revision": located.revision,
         "weights": weights,
-        "modules": " ".join(module.kind for module in model.modules),
+        "modules": " ".join(_module(module) for module in model.modules),
         "pooling": " ".join(model.pooling),
         "dims": str(dims),
         "normalize": str(normalize).lower(),
@@ -146,6 +151,31 @@ def of_text_model(
         "prompts": json.dumps(dict(prompts), sort_keys=True, ensure_ascii=False),
         "tokenizer": tokenizer,
     }
+
+
+def _module(module: ModuleFiles) -> str:
+    """The kind of a module, with what else decides its values and is not in the weights."""
+    if module.kind == "Dense":
+        name = str(module.config.get("activation_function") or "Tanh")
+        return f"Dense[{name.rpartition('.')[2]}]"
+    lower = module.kind == "Transformer" and module.config.get("do_lower_case")
+    return f"{module.kind}[lower]" if lower else module.kind
+
+
+def _hidden(text: str) -> str:
+    if not text or text.startswith("sha256:"):
+        return text
+    return f"sha256:{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"
+
+
+def _plain(key: str, parts: Mapping[str, str]) -> Any:
+    """A part as it is compared: a prompt equals its hash."""
+    if key != "prompts":
+        return parts[key]
+    try:
+        return {side: _hidden(str(text)) for side, text in json.loads(parts[key]).items()}
+    except (ValueError, AttributeError):
+        return parts[key]
 
 
 @lru_cache(maxsize=64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -21,6 +22,7 @@ from gpu_lance.embeddings.text_models import (
     load_text_model,
 )
 from gpu_lance.embeddings.tokens import TextTokenizer
+from gpu_lance.embeddings.variables import has_reference
 from gpu_lance.errors import EmbeddingError
 from gpu_lance.types import Side
 
@@ -135,13 +137,17 @@ class SentenceTransformerEmbeddings(  # type: ignore[misc]  # the names of argum
 
     def fingerprint(self) -> dict[str, str]:
         """Return what decides the values of the vectors, from the files of the model."""
-        located = self._locate()
+        located, written = self._locate(), self._original_args or {}
+        if has_reference(written.get("name")):
+            # what a variable holds is not for the table
+            located = dataclasses.replace(located, model=str(written["name"]))
         return fingerprints.of_text_model(
             located,
             self._model_folder(),
             dims=self.ndims(),
             normalize=self.normalize,
             prompts={side.value: self.prompt_of(side) for side in Side},
+            hide_prompts=has_reference(written.get("prompts")),
         )
 
     # -- the two parts
