@@ -239,7 +239,7 @@ class Storage:
             latest = self._refreshed(now=True)
             try:
                 self._pinned = latest.checkout_version(version)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, OverflowError) as error:
                 raise BadInputError(
                     f"Table '{self.name}' has no version {version!r}: {first_line(error)}"
                 ) from error
@@ -385,7 +385,7 @@ class Storage:
                 latest = self._refreshed(now=True)
                 try:
                     old = latest.checkout_version(version)
-                except (OSError, ValueError) as error:
+                except (OSError, ValueError, OverflowError) as error:
                     raise BadInputError(
                         f"Table '{self.name}' has no version {version!r}: {first_line(error)}"
                     ) from error

@@ -423,6 +423,12 @@ def test_providers_that_are_not_there(db: LanceDBConnection) -> None:
     assert db.table_names() == []
 
 
+@pytest.mark.parametrize("version", [99, -1, 10**30, "no-tag", None])
+def test_versions_that_are_not_there(table: Table, version: Any) -> None:
+    refused(table, lambda: table.checkout(version), BadInputError, "has no version")
+    refused(table, lambda: table.restore(version), BadInputError, "version")
+
+
 # ----------------------------------------------------------------- threads
 
 
