@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_lance.errors import BadInputError, StorageError, TableNotFoundError
-from gpu_lance.storage import first_line
+from gpu_lance.lance_errors import first_line
 
 SUFFIX = ".lance"
 SIDECARS = ".gpu_lance"

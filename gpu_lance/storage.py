@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,17 +14,14 @@ from typing import Any, Final, TypeVar
 
 import lance
 import pyarrow as pa
-from lance.commit import CommitConflictError as LanceConflict
 from lance.fragment import RowIdSequence, write_fragments
 
 from gpu_lance.errors import (
     BadInputError,
-    CommitConflictError,
-    GpuLanceError,
     StorageError,
-    TableExistsError,
     TableNotFoundError,
 )
+from gpu_lance.lance_errors import first_line, writing
 
 T = TypeVar("T")
 
@@ -42,20 +38,6 @@ def is_remote(uri: str) -> bool:
     (True, False, False)
     """
     return "://" in uri and not uri.startswith(("memory://", "file://"))
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a Lance message, without the place in Lance's source that follows it.
-
-    Examples
-    --------
-    >>> first_line(ValueError("no such column, /home/runner/x.rs:1:2"))
-    'no such column'
-    """
-    lines = str(error).splitlines()
-    text = lines[0] if lines else type(error).__name__
-    text = text.split(", /home/")[0].split(", /rust")[0]
-    return re.sub(r"^(External error: )?(LanceError\(\w+\): )?", "", text).strip()
 
 
 def operation_of(dataset: lance.LanceDataset) -> str | None:
@@ -151,7 +133,7 @@ class Storage:
             If there is one already and `overwrite` is not given.
         """
         target = uri if overwrite is None else overwrite
-        with _errors_of(data) as stream, _lance_errors(name):
+        with _errors_of(data) as stream, writing(name):
             handle = _write(
                 stream,
                 schema,
@@ -281,7 +263,7 @@ class Storage:
     def _rows_written(
         self, data: Iterator[pa.RecordBatch], schema: pa.Schema, mode: str
     ) -> lance.LanceDataset:
-        with _errors_of(data) as stream, _lance_errors(self.name):
+        with _errors_of(data) as stream, writing(self.name):
             return self._committed(_write(stream, schema, self._own_handle(), mode=mode))
 
     def replace_rows(
@@ -311,7 +293,7 @@ class Storage:
         CommitConflictError
             If another writer changed the same rows meanwhile; nothing was changed.
         """
-        with _errors_of(data) as stream, _lance_errors(self.name):
+        with _errors_of(data) as stream, writing(self.name):
             fragments = write_fragments(
                 pa.RecordBatchReader.from_batches(schema, stream), base, mode="append"
             )
@@ -338,7 +320,7 @@ class Storage:
             new_fragments=fragments,
             update_mode="rewrite_rows",
         )
-        with _lance_errors(self.name):
+        with writing(self.name):
             return self._committed(
                 lance.LanceDataset.commit(base, operation, read_version=base.version)
             )
@@ -352,7 +334,7 @@ class Storage:
     ) -> tuple[lance.LanceDataset, dict[str, int]]:
         """Commit a merge by key; `apply` gets Lance's builder and the data, and returns counts."""
         dataset = self._own_handle()
-        with _errors_of(data) as stream, _lance_errors(self.name):
+        with _errors_of(data) as stream, writing(self.name):
             reader = pa.RecordBatchReader.from_batches(schema, stream)
             counts = apply(dataset.merge_insert(on), reader)
         return self._committed(dataset), counts
@@ -360,14 +342,14 @@ class Storage:
     def delete(self, where: str) -> lance.LanceDataset:
         """Commit the deletion of the rows for which `where` holds."""
         dataset = self._own_handle()
-        with _lance_errors(self.name):
+        with writing(self.name):
             dataset.delete(where)
         return self._committed(dataset)
 
     def set_metadata(self, metadata: Mapping[str, str]) -> lance.LanceDataset:
         """Commit schema metadata beside what is there."""
         dataset = self._own_handle()
-        with _lance_errors(self.name):
+        with writing(self.name):
             dataset.update_schema_metadata(dict(metadata))
         return self._committed(dataset)
 
@@ -403,7 +385,7 @@ class Storage:
             Given a dataset that nobody else holds, e.g. ``lambda ds: ds.drop_columns(["a"])``.
         """
         dataset = self._own_handle()
-        with _lance_errors(self.name):
+        with writing(self.name):
             result = change(dataset)
         self._committed(dataset)
         return result
@@ -418,30 +400,6 @@ class Storage:
             if dataset.version >= self._latest.version or self._stamp(self._latest) is None:
                 self._hold(dataset)
         return dataset
-
-
-@contextlib.contextmanager
-def _lance_errors(name: str) -> Iterator[None]:
-    """What Lance says about a write to the table `name`, in our exceptions."""
-    try:
-        yield
-    except (OSError, ValueError, LanceConflict) as error:
-        text = str(error)
-        if isinstance(error, GpuLanceError) or "Invalid user input" in text:
-            raise
-        if isinstance(error, LanceConflict) or "conflict" in text.lower():
-            raise CommitConflictError(
-                f"Table '{name}': another writer changed the same rows, and nothing was written "
-                f"({first_line(error)}). Try again."
-            ) from error
-        if "already exists" in text:
-            raise TableExistsError(f"Table '{name}' already exists") from error
-        if "LanceError(IO)" in text:
-            raise StorageError(
-                f"Table '{name}' cannot be written: {first_line(error)}. Nothing was changed; "
-                "look at the folder's permissions and the space that is left."
-            ) from error
-        raise
 
 
 def _write(

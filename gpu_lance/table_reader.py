@@ -13,8 +13,9 @@ from gpu_lance.embeddings import EmbeddingFunctionConfig, calls, fingerprint, ge
 from gpu_lance.errors import BadInputError, GpuLanceError, QueryError, UnknownColumnError
 from gpu_lance.index import metadata as index_metadata
 from gpu_lance.index.resident import ResidentIndexes
+from gpu_lance.lance_errors import first_line, reading
 from gpu_lance.query import sql
-from gpu_lance.storage import Storage, first_line
+from gpu_lance.storage import Storage
 from gpu_lance.types import Metric, Side
 
 if TYPE_CHECKING:
@@ -148,12 +149,16 @@ class TableReader:
         return int(self._asked(lambda: self.dataset().count_rows(filter=sql.checked(filter))))
 
     def head(self, n: int = 5) -> pa.Table:
-        """The first `n` rows."""
-        return self.dataset().head(n)
+        """The first `n` rows; BadInputError unless `n` is a whole number from 0."""
+        if not isinstance(n, int) or n < 0:
+            raise BadInputError(f"head takes a number of rows from 0, got {n!r}.")
+        with reading():
+            return self.dataset().head(min(n, self.count_rows()))
 
     def to_arrow(self) -> pa.Table:
         """All rows as an Arrow table."""
-        return self.dataset().to_table()
+        with reading():
+            return self.dataset().to_table()
 
     def to_pandas(self) -> pd.DataFrame:
         """All rows as a pandas DataFrame."""
@@ -235,7 +240,8 @@ class TableReader:
     def _asked(self, call: Callable[[], Any], what: str = "filter") -> Any:
         """Run `call`; what Lance does not understand of the caller's SQL is a QueryError."""
         try:
-            return call()
+            with reading():
+                return call()
         except (ValueError, OSError) as error:
             invalid = isinstance(error, ValueError) or "Invalid user input" in str(error)
             if isinstance(error, GpuLanceError) or not invalid:

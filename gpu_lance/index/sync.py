@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from gpu_lance.errors import QueryError, SchemaError
+from gpu_lance.lance_errors import first_line, reading
 
 READ_ROWS = 8192
 
@@ -114,9 +115,9 @@ def changes(dataset: lance.LanceDataset, held: Mark, column: str) -> Changes | s
             return "the table was replaced"
         transactions = dataset.delta(compared_against=held.version).list_transactions()
     except (OSError, RuntimeError, ValueError, SchemaError) as error:
-        return f"its history is gone ({_first_line(error)})"
+        return f"its history is gone ({first_line(error)})"
     except TypeError as error:  # pylance cannot read the compaction of a table with a B-tree
-        return f"its history cannot be read ({_first_line(error)})"
+        return f"its history cannot be read ({first_line(error)})"
     if len(transactions) != now.version - held.version:
         return "its history has gaps"
     names = [type(transaction.operation).__name__ for transaction in transactions]
@@ -133,7 +134,7 @@ def changes(dataset: lance.LanceDataset, held: Mark, column: str) -> Changes | s
         reader = dataset.delta(compared_against=held.version).get_deleted_row_ids()
         deleted = _int64(reader.read_all()["_rowid"])
     except (OSError, RuntimeError, ValueError) as error:
-        return f"its history is gone ({_first_line(error)})"
+        return f"its history is gone ({first_line(error)})"
     # if rows were only moved or deleted there is none to read, which this scan finds out cheaply
     return Changes(deleted, held.version)
 
@@ -201,13 +202,18 @@ def read_vectors(
             "floats."
         )
     newer = None if since is None else f"_row_last_updated_at_version > {since}"
-    batches = dataset.scanner(
-        columns=[column], filter=newer, with_row_id=True, batch_size=READ_ROWS
-    ).to_batches()
+    with reading():
+        batches = dataset.scanner(
+            columns=[column], filter=newer, with_row_id=True, batch_size=READ_ROWS
+        ).to_batches()
     room = max(1, min(block_bytes // (4 * ndims), max(dataset.count_rows(), 1)))
     vectors = np.empty((room, ndims), np.float32)
     row_ids, valid, used = np.empty(room, np.int64), np.empty(room, bool), 0
-    for whole in batches:
+    while True:
+        with reading():
+            whole = next(batches, None)
+        if whole is None:
+            break
         while whole.num_rows:
             batch = whole.slice(0, room - used)
             whole = whole.slice(batch.num_rows)
@@ -243,18 +249,13 @@ def matching_row_ids(dataset: lance.LanceDataset, where: str) -> np.ndarray:
         If Lance does not understand the condition, with its words.
     """
     try:
-        table = dataset.scanner(columns=[], filter=where, with_row_id=True).to_table()
+        with reading():
+            table = dataset.scanner(columns=[], filter=where, with_row_id=True).to_table()
     except ValueError as error:
-        raise QueryError(f"The filter {where!r} cannot be run: {_first_line(error)}") from error
+        raise QueryError(f"The filter {where!r} cannot be run: {first_line(error)}") from error
     return _int64(table["_rowid"])
 
 
 def _int64(row_ids: pa.ChunkedArray) -> np.ndarray:
     numbers: np.ndarray = row_ids.to_numpy().astype(np.int64)
     return numbers
-
-
-def _first_line(error: Exception) -> str:
-    """Lance's message without the place in its own source that follows it."""
-    lines = str(error).splitlines()
-    return (lines[0] if lines else type(error).__name__).split(", /home/")[0].split(", /rust")[0]

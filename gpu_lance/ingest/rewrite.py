@@ -16,7 +16,8 @@ from gpu_lance.ingest.embed import VectorColumn
 from gpu_lance.ingest.lists import valid_rows
 from gpu_lance.ingest.read import MAX_ROWS
 from gpu_lance.ingest.rows import column_to_arrow
-from gpu_lance.storage import ChangedRows, first_line
+from gpu_lance.lance_errors import first_line, reading
+from gpu_lance.storage import ChangedRows
 
 BEFORE = "__before_"
 
@@ -76,8 +77,13 @@ def rewritten(
             with_row_address=True,
             batch_size=MAX_ROWS,
         )
-        batches = iter(scanner.to_batches())
-        while (batch := next(batches, None)) is not None:
+        with reading():
+            batches = iter(scanner.to_batches())
+        while True:
+            with reading():
+                batch = next(batches, None)
+            if batch is None:
+                return
             if batch.num_rows:
                 yield _changed(batch, schema, values, follow, changed)
     except GpuLanceError:

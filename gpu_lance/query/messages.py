@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from gpu_lance.errors import GpuLanceError, QueryError
+from gpu_lance.lance_errors import first_line, reading
 
 
 @contextmanager
@@ -22,6 +23,8 @@ def refused(what: str, names: Sequence[str]) -> Iterator[None]:
     Raises
     ------
     QueryError
+    StorageError
+        If the table's files are damaged, whatever was asked.
 
     Examples
     --------
@@ -31,15 +34,13 @@ def refused(what: str, names: Sequence[str]) -> Iterator[None]:
     gpu_lance.errors.QueryError: The filter cannot be run: No field named x. The columns are: id.
     """
     try:
-        yield
+        with reading():
+            yield
     except GpuLanceError:
         raise
     except (ValueError, OSError) as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        # the place in Lance's source, and the columns of a dataset that may not be the table
-        for tail in (", /home/", ", /rust", " Valid fields are "):
-            line = line.split(tail)[0]
-        line = line.removeprefix("Invalid user input: ").rstrip(".")
+        # Lance names the columns of a dataset that may not be the table
+        line = first_line(error).split(" Valid fields are ")[0].rstrip(".")
         raise QueryError(
             f"The {what} cannot be run: {line}. The columns are: {', '.join(names)}."
         ) from error

@@ -9,9 +9,11 @@ from typing import Any
 
 from gpu_lance.errors import QueryError, QueryTypeError
 
+MOST = 2**62  # rows; sums of two of them are still 64-bit numbers
+
 
 def whole(value: Any, name: str, least: int = 0) -> int:
-    """A whole number of at least `least`.
+    """A whole number of at least `least`; one beyond every table's size becomes `MOST`.
 
     Raises
     ------
@@ -37,7 +39,7 @@ def whole(value: Any, name: str, least: int = 0) -> int:
         ) from error
     if number < least:
         raise QueryError(f"{name} is {number}; it must be at least {least}.")
-    return number
+    return min(number, MOST)
 
 
 def bound(value: Any, name: str) -> float | None:
