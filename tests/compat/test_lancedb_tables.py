@@ -220,20 +220,13 @@ def test_changes_are_seen(sides: tuple[ModuleType, ModuleType], tmp_path: Path) 
 
     for i in range(60, 64):
         opened.add([{"id": i, "text": ALPHABET[:4] * (i - 58)}])
-    compact(opened)
+    opened.optimize()
     assert len(made.to_lance().get_fragments()) == 1
     assert hits(made, ALPHABET[:4] * 5, 1) == [(63, 0.0)]
     check_agree(*by_package(tmp_path), [*QUERIES, "abcd"])
 
     opened.delete("true")
     assert hits(made, "bread") == []
-
-
-def compact(table: Any) -> None:
-    if isinstance(table, gpu_lance.table.Table):
-        table.to_lance().optimize.compact_files()
-    else:
-        table.optimize()
 
 
 def test_update_of_a_source_embeds_here_only(tmp_path: Path) -> None:
@@ -282,7 +275,7 @@ def test_a_table_of_lancedb_has_no_stable_row_ids(tmp_path: Path) -> None:
     # compaction moves every row to another row id
     before = row_ids(ours)
     theirs.delete("id < 3")
-    compact(theirs)
+    theirs.optimize()
     assert row_ids(ours) != before
     assert ids_of(hits(ours, TEXTS[3], 2)) == {3, 103}
     assert ids_of(hits(ours, TEXTS[1], 1)) == {101}
@@ -293,7 +286,7 @@ def test_a_table_of_lancedb_has_no_stable_row_ids(tmp_path: Path) -> None:
     merge = ours.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
     merge.execute([{"id": 101, "text": "xxx"}, {"id": 201, "text": "jjj"}])
     ours.delete("id = 103")
-    compact(ours)
+    ours.optimize()
     for table in (ours, theirs):
         found = [hits(table, text, 1) for text in ("zzz", "qqq", "xxx", "jjj")]
         assert found == [[(200, 0.0)], [(100, 0.0)], [(101, 0.0)], [(201, 0.0)]]
@@ -319,7 +312,7 @@ def test_our_tables_keep_their_row_ids_in_the_hands_of_lancedb(tmp_path: Path) -
     theirs.update(where="id = 5", values={"text": "zzz"})
     theirs.delete("id = 6")
     theirs.add(texts(first=200))
-    compact(theirs)
+    theirs.optimize()
     assert ours.to_lance().has_stable_row_ids
     after = dict(zip(sorted(ours.to_arrow()["id"].to_pylist()), row_ids(ours), strict=True))
     assert {i: after[i] for i in before if i != 6} == {i: before[i] for i in before if i != 6}
@@ -336,7 +329,7 @@ def everything(table: Any, first: int) -> None:
     table.delete(f"id = {first + 1}")
     merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
     merge.execute([{"id": first, "text": "abe"}])
-    compact(table)
+    table.optimize()
 
 
 def test_metadata_survives_both(sides: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:
