@@ -59,12 +59,18 @@ class ChangedRows:
     ----------
     row_ids : list of int
         In the order in which the new values are written.
-    fragments : set of int
-        The fragments that they are in.
+    offsets : dict of int to list of int
+        By fragment, where in it they are.
     """
 
     row_ids: list[int] = field(default_factory=list)
-    fragments: set[int] = field(default_factory=set)
+    offsets: dict[int, list[int]] = field(default_factory=dict)
+
+    def add(self, row_ids: pa.Array, addresses: pa.Array) -> None:
+        """Note more rows, by Lance's ids and addresses."""
+        self.row_ids.extend(row_ids.to_pylist())
+        for address in addresses.to_pylist():
+            self.offsets.setdefault(address >> 32, []).append(address & (2**32 - 1))
 
 
 class Storage:
@@ -269,19 +275,16 @@ class Storage:
     def replace_rows(
         self,
         base: lance.LanceDataset,
-        where: str | None,
         changed: ChangedRows,
         data: Iterator[pa.RecordBatch],
         schema: pa.Schema,
     ) -> lance.LanceDataset:
-        """Commit new values of the rows for which `where` holds; they keep their row ids.
+        """Commit new values of the rows in `changed`; they keep their row ids.
 
         Parameters
         ----------
         base : lance.LanceDataset
-            The version in which `where` was evaluated.
-        where : str or None
-            An SQL condition; None for every row.
+            The version that they were read from.
         changed : ChangedRows
             Which rows they are, filled in the order of `data` while `data` is read.
         data : iterator of pyarrow.RecordBatch
@@ -306,10 +309,11 @@ class Storage:
                 fragment.row_id_meta = RowIdSequence(part).to_inline_metadata()
                 done += fragment.physical_rows
         removed, updated = [], []
-        for fragment_id in sorted(changed.fragments):
+        # not by the condition that found them: now() and random() would find others this time
+        for fragment_id, offsets in sorted(changed.offsets.items()):
             stored = base.get_fragment(fragment_id)
             assert stored is not None  # its rows were just read
-            after = stored.delete("true" if where is None else where)
+            after = stored.delete_rows(offsets)
             if after is None:
                 removed.append(fragment_id)
             else:

@@ -195,7 +195,7 @@ class Table(Maintained):
         run = Pipeline(schema, columns, Policy(), self._indexes)
         dataset = run.write(
             Source(schema, batches),
-            lambda stream: self._storage.replace_rows(base, condition, changed, stream, schema),
+            lambda stream: self._storage.replace_rows(base, changed, stream, schema),
         )
         self.last_report = run.report
         return UpdateResult(len(changed.row_ids), int(dataset.version))

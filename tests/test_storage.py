@@ -9,7 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import lance
-import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -144,8 +143,8 @@ def test_versions_that_are_not_there(storage: Storage) -> None:
 
 def replacement(base: lance.LanceDataset, where: str) -> tuple[ChangedRows, list[pa.RecordBatch]]:
     rows = base.scanner(filter=where, with_row_id=True, with_row_address=True).to_table()
-    fragments = np.unique(rows["_rowaddr"].to_numpy() >> 32)
-    changed = ChangedRows(rows["_rowid"].to_pylist(), {int(i) for i in fragments})
+    changed = ChangedRows()
+    changed.add(rows["_rowid"], rows["_rowaddr"])
     new = rows.select(["id", "text"]).set_column(1, "text", pa.array(["new"] * len(rows)))
     return changed, new.cast(SCHEMA).to_batches()
 
@@ -156,7 +155,7 @@ def test_replaced_rows_keep_their_row_ids(storage: Storage) -> None:
     base = storage.writable()
     before = base.to_table(columns=["id"], with_row_id=True).to_pydict()
     changed, new = replacement(base, "id in (2, 4, 6)")
-    after = storage.replace_rows(base, "id in (2, 4, 6)", changed, iter(new), SCHEMA)
+    after = storage.replace_rows(base, changed, iter(new), SCHEMA)
     rows = after.to_table(with_row_id=True).to_pydict()
     where = dict(zip(before["id"], before["_rowid"], strict=True))
     assert dict(zip(rows["id"], rows["_rowid"], strict=True)) == where
@@ -167,7 +166,7 @@ def test_replaced_rows_keep_their_row_ids(storage: Storage) -> None:
 
 def test_replacing_no_row_commits_nothing(storage: Storage) -> None:
     base = storage.writable()
-    after = storage.replace_rows(base, "id = 99", ChangedRows(), iter(()), SCHEMA)
+    after = storage.replace_rows(base, ChangedRows(), iter(()), SCHEMA)
     assert after.version == base.version == storage.dataset().version
 
 
@@ -178,7 +177,7 @@ def test_a_row_that_another_writer_changed_is_a_conflict_and_nothing_is_written(
     changed, new = replacement(base, "id = 2")
     storage.delete("id = 2")
     with pytest.raises(CommitConflictError, match="Try again"):
-        storage.replace_rows(base, "id = 2", changed, iter(new), SCHEMA)
+        storage.replace_rows(base, changed, iter(new), SCHEMA)
     assert ids(storage) == [1, 3] and storage.dataset().version == 2
 
 

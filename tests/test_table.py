@@ -432,6 +432,15 @@ def test_update_of_a_large_table_in_batches(table: Table) -> None:
     assert len(table) == n
 
 
+def test_an_update_evaluates_its_condition_once(table: Table) -> None:
+    n = 500
+    table.add({"id": np.arange(n), "text": ["a"] * n})
+    updated = table.update(where="random() < 0.5", values={"text": "b"}).rows_updated
+    assert 0 < updated < n
+    assert table.count_rows("text = 'b'") == updated
+    assert sorted(rows(table)) == list(range(n)) and len(table) == n
+
+
 def test_rows_are_deleted_and_counted(table: Table) -> None:
     table.add([{"id": i, "text": "a" * i} for i in range(10)])
     assert table.delete("id >= 8").version == 3

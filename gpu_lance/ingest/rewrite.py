@@ -111,9 +111,7 @@ def _changed(
     changed: ChangedRows,
 ) -> pa.RecordBatch:
     n = batch.num_rows
-    changed.row_ids.extend(batch.column("_rowid").to_pylist())
-    addresses = batch.column("_rowaddr").to_numpy(zero_copy_only=False)
-    changed.fragments.update(int(i) for i in np.unique(addresses >> 32))
+    changed.add(batch.column("_rowid"), batch.column("_rowaddr"))
     arrays = []
     for field in schema:
         array = batch.column(field.name)
