@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 HEADROOM = 1.1
 CACHED_FILTERS = 16
 KEPT_VERSIONS = 64
+# what such a condition holds for is another thing each time; names of columns count too, which
+# costs only the cache
+_VOLATILE = re.compile(r"\b(now|today|random|rand|uuid|current_\w+)\b", re.IGNORECASE)
 
 
 class ColumnIndex:
@@ -134,6 +138,8 @@ class ColumnIndex:
             return index.search(queries, k, allowed=allowed, lower=lower, upper=upper)
 
     def _allowed(self, dataset: lance.LanceDataset, index: FlatIndex, where: str) -> torch.Tensor:
+        if _VOLATILE.search(where):
+            return index.mask(matching_row_ids(dataset, where))
         key = (Mark.of(dataset, self.column), index.metric, where)
         cached = self._filters.get(key)
         if cached is None or len(cached) != index.num_slots:
