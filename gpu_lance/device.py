@@ -19,8 +19,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# torch and CUDA, the CPU allocator, cuBLAS's workspace, C++ below FAISS
-_MEMORY_WORDS = ("out of memory", "can't allocate memory", "status_alloc_failed", "bad_alloc")
+# torch and CUDA, the driver's name for it, the CPU allocator, cuBLAS's workspace, C++ below FAISS
+_MEMORY_WORDS = (
+    "out of memory",
+    "out_of_memory",
+    "can't allocate memory",
+    "status_alloc_failed",
+    "bad_alloc",
+)
 _NAME = re.compile(r"(cpu|cuda|gpu|mps)(?::([0-9]+))?")
 CUDA_REMEDY = (
     "Install a GPU build (pip install 'gpu-lance[cuda13]' for drivers from 580 on, "
@@ -128,8 +134,10 @@ def default_dtype(device: torch.device) -> torch.dtype:
     torch.float32
     """
     torch = require("torch", extra="cpu|cuda13|cuda12")
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # it looks at the current one
+            if torch.cuda.is_bf16_supported(including_emulation=False):
+                return torch.bfloat16
     return torch.float32
 
 
@@ -199,6 +207,25 @@ def free_memory(device: torch.device) -> int:
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     return _host_memory()
+
+
+def release_cache(device: torch.device) -> None:
+    """Give the memory that torch holds unused on `device` back to the driver."""
+    torch = require("torch", extra="cpu|cuda13|cuda12")
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def make_room(device: torch.device, size: int) -> None:
+    """Let another library than torch take `size` bytes on a GPU.
+
+    :func:`free_memory` counts torch's unused cache, which only torch can use.
+    """
+    torch = require("torch", extra="cpu|cuda13|cuda12")
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < size:
+        release_cache(device)
 
 
 def _host_memory() -> int:
@@ -292,7 +319,7 @@ def start_host_copy(tensor: torch.Tensor) -> HostCopy:
         tensor = tensor.float()
     if tensor.device.type != "cuda":
         return HostCopy(tensor.cpu().contiguous())
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     with torch.cuda.device(tensor.device):
         host.copy_(tensor, non_blocking=True)
         done = torch.cuda.Event()

@@ -221,6 +221,7 @@ class TestMemory:
                 True,
             ),
             (RuntimeError("std::bad_alloc"), True),
+            (RuntimeError("cuDNN SDPA execution failed: CUDA_ERROR_OUT_OF_MEMORY"), True),
             (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
             (ValueError("out of memory"), False),
             (KeyboardInterrupt(), False),

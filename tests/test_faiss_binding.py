@@ -20,7 +20,10 @@ from gpu_lance.types import Metric
 
 faiss = pytest.importorskip("faiss")
 CPU = torch.device("cpu")
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_cuda = pytest.mark.skipif(
+    not (torch.cuda.is_available() and hasattr(faiss, "GpuIndexFlat")),
+    reason="needs a CUDA device and a FAISS that is built for it",
+)
 
 
 def store_of(rows: torch.Tensor, metric: Metric = Metric.L2) -> FaissStore:
@@ -207,6 +210,10 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         def setDefaultStream(self, device: int, stream: int) -> None:
             log.append(("stream", (device, stream)))
 
+        def getDefaultStream(self, device: int) -> int:
+            log.append(("init", device))
+            return 0
+
     class Index:
         def __init__(self, resources: Resources, d: int, metric: int, config: Any) -> None:
             assert isinstance(resources, Resources)
@@ -243,13 +250,15 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77)
     )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: log.append(("released", None)))
     monkeypatch.setattr(GpuResources, "_by_device", {})
     return fake
 
 
 def test_the_gpu_branch_makes_the_right_calls(pretend: SimpleNamespace) -> None:
     store = FaissStore(pretend, 3, torch.device("cuda", 0), Metric.L2)
-    assert pretend.log[:2] == [("temp", 512 << 20), ("pinned", 0)]
+    assert pretend.log[:3] == [("temp", 512 << 20), ("pinned", 0), ("init", 0)]
     assert store.name == "faiss GpuIndexFlat"
     store.device = CPU  # the tensors of this test
     rows = torch.arange(30.0).view(10, 3)
@@ -271,6 +280,28 @@ def test_the_gpu_branch_makes_the_right_calls(pretend: SimpleNamespace) -> None:
 def test_resources_are_shared_by_the_indexes_of_a_device(pretend: SimpleNamespace) -> None:
     assert GpuResources.of(pretend, 0) is GpuResources.of(pretend, 0)
     assert [name for name, _ in pretend.log].count("temp") == 1
+
+
+def test_torch_gives_back_what_the_resources_need(
+    pretend: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (700 << 20, 1 << 40))
+    GpuResources.of(pretend, 0)
+    assert [name for name, _ in pretend.log] == ["temp", "pinned", "released", "init"]
+
+
+def test_resources_that_did_not_get_their_memory_are_not_used_again(
+    pretend: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Any, device: int) -> int:
+        raise RuntimeError("cudaMalloc error out of memory [2]")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretend.StandardGpuResources, "getDefaultStream", fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            FaissStore(pretend, 3, torch.device("cuda", 0), Metric.L2)
+    assert len(FaissStore(pretend, 3, torch.device("cuda", 0), Metric.L2)) == 0
+    assert [name for name, _ in pretend.log].count("temp") == 2
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from gpu_lance.index.slots import SlotMap
 from gpu_lance.index.store import TorchStore
 from gpu_lance.types import Metric
 
+CPU = torch.device("cpu")
 METRICS = ["l2", "cosine", "dot"]
 CUDA = pytest.param(
     "cuda",
@@ -117,7 +119,8 @@ def test_equals_brute_force(
 
 def test_the_engine_is_the_one_named(device: torch.device) -> None:
     index = FlatIndex(4, "l2", device)
-    engine = {"cpu": "faiss IndexFlat", "cuda": "faiss GpuIndexFlat"}[device.type]
+    gpu = "faiss GpuIndexFlat" if hasattr(faiss, "GpuIndexFlat") else "torch"
+    engine = {"cpu": "faiss IndexFlat", "cuda": gpu}[device.type]
     assert index.info()["engine"] == engine
     assert index.info()["device"] == str(device)
     other = FlatIndex(4, "l2", device, use_faiss=False)
@@ -130,6 +133,8 @@ def test_faiss_proposes_unless_much_is_hidden(
 ) -> None:
     vectors, ids = sample(1000, 8)
     index = build(vectors, "l2", device, True, ids)
+    if index.info()["engine"] == "torch":
+        pytest.skip(index.reason)
     asked = []
     honest = index._store.candidates
 
@@ -403,6 +408,30 @@ def test_lower_matmul_precision_changes_nothing(device: torch.device) -> None:
     finally:
         torch.set_float32_matmul_precision(before)
     assert_same(got, brute(queries, vectors, ids, 10, "l2"))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_torchs_default_device_changes_nothing(metric: str, use_faiss: bool) -> None:
+    vectors, ids = sample(500, 8)
+    queries = np.random.default_rng(2).standard_normal((5, 8)).astype(np.float32)
+    alive = np.ones(500, bool)
+    alive[:200] = False  # so many that they are swept out
+    with torch.device("meta"), build(vectors, metric, CPU, use_faiss, ids) as index:
+        mask = index.mask(ids[::2])
+        got = index.search(torch.from_numpy(queries), 10, allowed=mask, lower=0.1)
+        assert_same(
+            got, brute(queries, vectors, ids, 10, metric, np.arange(500) % 2 == 0, 0.1), metric
+        )
+        index.remove(ids[:200])
+        got = index.search(torch.from_numpy(queries), 10)
+        assert_same(got, brute(queries, vectors, ids, 10, metric, alive), metric)
+
+
+def test_a_device_is_the_same_with_and_without_its_number() -> None:
+    index = FlatIndex(2, "l2", torch.device("cpu", 0))
+    index.add(torch.zeros(3, 2), np.arange(3))
+    assert index.device == CPU
+    assert index.search(torch.zeros(1, 2), 1).row_ids.tolist() == [[0]]
 
 
 def test_bad_arguments(device: torch.device) -> None:

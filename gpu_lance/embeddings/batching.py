@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpu_lance.device import is_out_of_memory
+from gpu_lance.device import is_out_of_memory, release_cache
 from gpu_lance.errors import OutOfDeviceMemoryError
-from gpu_lance.optional import require
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +116,7 @@ def run_batches(
             start = end
             continue
         # here the error's traceback is gone, and with it the tensors that its frames held
-        _release(device)
+        release_cache(device)
         if failure is not None:
             raise OutOfDeviceMemoryError(
                 f"{what}: one item of cost {int(costs[start])} does not fit on {device}. Free "
@@ -133,11 +132,3 @@ def run_batches(
                 end - start,
                 device,
             )
-
-
-def _release(device: torch.device) -> None:
-    torch = require("torch", extra="cpu|cuda13|cuda12")
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()

@@ -6,6 +6,8 @@ each such run as one batch. The weights are those of the loaded transformers mod
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -114,7 +116,7 @@ class PackedEncoder:
         self.layers = [_layer(block) for block in blocks]
         self.device = self.words.device
         self.dtype = self.words.dtype
-        self._varlen = _varlen(self.device, self.dtype)
+        self._varlen = _varlen(self.device, self.dtype, self.words.shape[1] // self.heads)
         self._torch = torch
 
     def __call__(self, tokens: Tokens, runs: list[Run]) -> torch.Tensor:
@@ -175,7 +177,7 @@ class PackedEncoder:
         """Return what maps (t, 3h) queries, keys and values to (t, h)."""
         torch = self._torch
         heads, attend = self.heads, self._varlen
-        if attend is not None and len(runs) > 1:
+        if attend is not None:
             edges = self._to_device(tokens.offsets.astype(np.int32))
             longest = max(run.length for run in runs)
 
@@ -250,15 +252,26 @@ def _fuse(*parts: Any) -> torch.nn.Linear:
     return fused
 
 
-def _varlen(device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
-    """Torch's attention over packed sequences, where it runs: half precision on Ampere or newer."""
+def _varlen(device: torch.device, dtype: torch.dtype, width: int) -> Callable[..., Any] | None:
+    """Torch's attention over packed sequences, where it runs: half precision on Ampere or newer.
+
+    `width` is that of a head; flash attention takes multiples of 8 up to 256.
+    """
     torch = require("torch", extra=EXTRA)
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return None
+    if width % 8 or width > 256:
+        return None
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    if not torch.backends.cuda.is_flash_attention_available():
         return None
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn
+    if "num_splits" not in inspect.signature(varlen_attn).parameters:
+        return varlen_attn
+    # given, it keeps torch from cuDNN, which builds a graph for every new number of tokens: tens of
+    # milliseconds a batch
+    return functools.partial(varlen_attn, num_splits=1)

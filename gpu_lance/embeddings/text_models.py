@@ -67,7 +67,7 @@ class PackedModel(TextModel):
         runs = runs_of(tokens.lengths)
         vectors = pool(self._encoder(tokens, runs), runs, self._modes)
         for module in self._after:
-            vectors = module(vectors.to(self._encoder.dtype))
+            vectors = module(vectors)
         return vectors
 
 
@@ -264,7 +264,8 @@ def _after(
     module = model.modules[index]
     if module.kind == "Normalize":
         # ours, since importing the library takes longer than loading a small model
-        return require("torch", extra=EXTRA).nn.functional.normalize
+        normalize = require("torch", extra=EXTRA).nn.functional.normalize
+        return lambda vectors: normalize(vectors.float())  # in bfloat16 it would be off by 1e-3
     library = require("sentence_transformers.sentence_transformer.modules", extra=EXTRA)
     loaded = library.Dense.load(
         str(model.folder),
@@ -274,4 +275,4 @@ def _after(
     )
     dense = loaded.to(device=device, dtype=dtype).eval().requires_grad_(False)
     name = "sentence_embedding"
-    return lambda vectors: dense({name: vectors})[name]
+    return lambda vectors: dense({name: vectors.to(dtype)})[name]

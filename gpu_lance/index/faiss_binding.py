@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from gpu_lance.device import make_room
 from gpu_lance.errors import IndexBackendError, MissingExtraError
 from gpu_lance.optional import require
 from gpu_lance.types import Metric
@@ -28,6 +29,7 @@ WHEELS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs", "faiss-gpu-cu12", "faiss-g
 MAX_K = 2048  # of FAISS's GPU indexes; a larger k is somebody else's work on every device
 TEMPORARY_BYTES = 512 << 20  # per GPU; FAISS itself would take 1.5 GiB and pin 256 MiB
 GPU_ADD_BYTES = 512 << 20  # a GPU index reallocates at every add, so few and large ones
+HANDLE_BYTES = 256 << 20  # cuBLAS and CUDA's own; without them FAISS aborts the process
 
 
 def load_faiss(device: torch.device) -> tuple[Any, str]:
@@ -124,6 +126,10 @@ class GpuResources:
         self.handle = faiss.StandardGpuResources()
         self.handle.setTempMemory(TEMPORARY_BYTES)
         self.handle.setPinnedMemory(0)  # nothing of ours comes from the host
+        torch = require("torch", extra=EXTRAS)
+        make_room(torch.device("cuda", device), TEMPORARY_BYTES + HANDLE_BYTES)
+        # takes the memory now: resources that could not take theirs must not be used again
+        self.handle.getDefaultStream(device)
 
     @classmethod
     def of(cls, faiss: Any, device: int) -> GpuResources:
@@ -220,8 +226,13 @@ class FaissStore:
 
     def add(self, vectors: torch.Tensor) -> None:
         if len(vectors):
-            with self._session():
-                self._index.add_c(len(vectors), self._floats(vectors))
+            self._add_to(self._index, vectors)
+
+    def _add_to(self, index: Any, vectors: torch.Tensor) -> None:
+        # on a GPU all vectors move into a new block, and their norms are made anew
+        make_room(self.device, (index.ntotal + len(vectors)) * 4 * (self.ndims + 1) + HANDLE_BYTES)
+        with self._session():
+            index.add_c(len(vectors), self._floats(vectors))
 
     def tiles(self, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
         """Views of the index's memory on the CPU; on CUDA one buffer, overwritten by the next."""
@@ -275,16 +286,14 @@ class FaissStore:
     def keep(self, slots: torch.Tensor) -> None:
         torch = require("torch", extra=EXTRAS)
         if self._resources is None:
-            dropped = torch.ones(len(self), dtype=torch.bool)
+            dropped = torch.ones(len(self), dtype=torch.bool, device="cpu")
             dropped[slots] = False
             self._index.remove_ids(dropped.nonzero()[:, 0].numpy())  # in place, order kept
             return
         old, fresh = self._index, self._new()
         step = max(1, GPU_ADD_BYTES // (4 * self.ndims))
         for start in range(0, len(slots), step):
-            tile = self.gather(slots[start : start + step])
-            with self._session():
-                fresh.add_c(len(tile), self._floats(tile))
+            self._add_to(fresh, self.gather(slots[start : start + step]))
         self._index = fresh
         with self._session():
             old.reset()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpu_lance.device import as_tensor, free_memory, is_out_of_memory
+from gpu_lance.device import as_tensor, free_memory, is_out_of_memory, release_cache
 from gpu_lance.errors import BadVectorError, OutOfDeviceMemoryError, QueryError
 from gpu_lance.index.base import SearchResult, VectorIndex
 from gpu_lance.index.faiss_binding import GPU_ADD_BYTES, TEMPORARY_BYTES, FaissStore, load_faiss
@@ -100,7 +100,9 @@ class FlatIndex(VectorIndex):
         torch = require("torch", extra="cpu|cuda13|cuda12")
         self.ndims = int(ndims)
         self.metric = Metric.parse(metric)
-        self.device = device
+        # with its index: torch.device("cuda") is the current GPU, and equals no tensor's device
+        self._norms = torch.empty(0, device=device)  # (n,) of the held vectors, by slot
+        self.device = device = self._norms.device
         faiss, self.reason = load_faiss(device) if use_faiss else (None, "FAISS was not wanted.")
         self._store: Store = (
             TorchStore(self.ndims, device)
@@ -108,7 +110,6 @@ class FlatIndex(VectorIndex):
             else FaissStore(faiss, self.ndims, device, self.metric)
         )
         self._slots = SlotMap()
-        self._norms = torch.empty(0, device=device)  # (n,) of the held vectors, by slot
         self._max_norm = 0.0
         self._live = None  # the live bits on the device, made when needed
 
@@ -202,6 +203,8 @@ class FlatIndex(VectorIndex):
     def _sweep(self) -> None:
         torch = require("torch", extra="cpu|cuda13|cuda12")
         copies = 4 * self.ndims * len(self) if self.device.type != "cpu" else 0
+        if self._store.max_candidates:  # FAISS's GPU index takes as much again when it grows
+            copies *= 2
         if copies * 1.1 > free_memory(self.device):
             logger.warning(
                 "index: %d dead slots of %d stay, since moving the others takes %d bytes",
@@ -299,6 +302,7 @@ class FlatIndex(VectorIndex):
                         ) from error
                     block //= 2
                     logger.warning("index: out of memory, going on with %d queries a time", block)
+                    release_cache(self.device)  # FAISS cannot use what torch holds unused
                     continue
                 result.row_ids[start:stop] = np.where(ids == NO_ROW, -1, ids)
                 result.distances[start:stop] = distances
@@ -309,7 +313,7 @@ class FlatIndex(VectorIndex):
         torch = require("torch", extra="cpu|cuda13|cuda12")
         if k < 1:
             raise QueryError(f"The number of rows wanted is {k}; it must be at least 1.")
-        raw = as_tensor(queries, self.device).to(torch.float32).contiguous()
+        raw = as_tensor(as_tensor(queries).to(torch.float32), self.device).contiguous()
         if raw.ndim != 2 or raw.shape[1] != self.ndims:
             raise QueryError(
                 f"The queries have shape {tuple(raw.shape)}, but the column holds vectors of "
@@ -372,7 +376,7 @@ class FlatIndex(VectorIndex):
         if c == scan.count and scan.lower == -math.inf:  # all that qualify
             return scan.slots()[None, :].expand(len(queries), -1), everything, 0.0
         scores, slots = scan.nearest(queries, query_norms, c)
-        last = scores[:, -1].double().cpu().numpy()
+        last = scores[:, -1].cpu().double().numpy()  # in this order: MPS has no float64
         # +inf: fewer than c rows were within the bounds, so all of them are candidates
         return slots, last, unit_roundoff(self.device, faiss=False)
 

@@ -196,6 +196,8 @@ def embed(prepared: Prepared, device: torch.device) -> Embedded:
         kind = {"halffloat": torch.float16, "double": torch.float64}.get(
             str(column.type.value_type), torch.float32
         )
+        if device.type == "mps" and kind is torch.float64:
+            kind = torch.float32  # which has no float64; the host widens it
         made = Embeddings(made.vectors.to(kind), made.valid, made.errors)
         result.parts.append((column, rows, made, start_host_copy(made.vectors)))
     return result

@@ -67,7 +67,7 @@ class Queries:
         torch = require("torch", extra="cpu|cuda13|cuda12")
         tensor = as_tensor(self.vectors).to(torch.float32)
         check_finite(tensor)
-        return tensor.to(device, non_blocking=True)
+        return as_tensor(tensor, device)  # which waits for a copy to the host
 
 
 def check_finite(vectors: torch.Tensor) -> None:

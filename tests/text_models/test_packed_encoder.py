@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from gpu_lance.embeddings.encoder import PackedEncoder, runs_of
+from gpu_lance.embeddings.encoder import PackedEncoder, _varlen, runs_of
 from gpu_lance.embeddings.model_folder import POOLING_MODES
 from gpu_lance.embeddings.pooling import pool
 from gpu_lance.embeddings.sentence_transformers import SentenceTransformerEmbeddings
@@ -198,3 +199,35 @@ def test_the_fused_weights_are_not_held_twice(checkpoints):
     fused = encoder.layers[0].qkv.weight
     assert own.query.weight.data_ptr() == fused.data_ptr()
     assert own.value.weight.data_ptr() == fused[64:].data_ptr()
+
+
+# -- attention on a GPU
+
+
+@pytest.fixture
+def ampere(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A GPU as far as `_varlen` looks at one."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    return torch.device("cuda", 0)
+
+
+def test_flash_attention_is_asked_for_only_what_it_takes(ampere: torch.device):
+    assert _varlen(ampere, torch.bfloat16, 32) is not None
+    assert _varlen(ampere, torch.float16, 256) is not None
+    assert _varlen(ampere, torch.float32, 32) is None
+    assert _varlen(ampere, torch.bfloat16, 26) is None  # TinyBERT: 312 in 12 heads
+    assert _varlen(ampere, torch.bfloat16, 264) is None
+    assert _varlen(CPU, torch.bfloat16, 32) is None
+
+
+def test_attention_never_takes_a_backend_that_compiles_for_every_shape(ampere: torch.device):
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    attend: Any = _varlen(ampere, torch.bfloat16, 32)
+    if not hasattr(varlen, "_can_use_cudnn"):
+        assert attend is varlen.varlen_attn
+        return
+    parameters = inspect.signature(varlen._can_use_cudnn).parameters
+    assert "num_splits" in parameters
+    assert attend.keywords == {"num_splits": 1}

@@ -259,6 +259,22 @@ def test_a_narrower_dtype_gives_near_vectors_of_float32(checkpoints, dtype, kind
     assert cosines(made, wanted).min() > 0.99
 
 
+def test_normalising_keeps_the_float32_that_pooling_gave(checkpoints):
+    name = str(checkpoints.sentence(normalize=True))
+    create = SentenceTransformerEmbeddings.create
+    function = create(name=name, device="cpu", dtype="bfloat16", normalize=False)
+    made = np.stack(function.compute_source_embeddings(["the quick fox", "rows of a table " * 5]))
+    # bfloat16 steps are 2**-8 wide
+    np.testing.assert_allclose(np.linalg.norm(made, axis=1), 1, atol=1e-6)
+    plain = create(
+        name=str(checkpoints.sentence()), device="cpu", dtype="bfloat16", normalize=False
+    )
+    pooled = np.stack(plain.compute_source_embeddings(["the quick fox", "rows of a table " * 5]))
+    np.testing.assert_allclose(
+        made, pooled / np.linalg.norm(pooled, axis=1, keepdims=True), atol=1e-6
+    )
+
+
 def test_an_unknown_dtype_is_an_error():
     function = SentenceTransformerEmbeddings.create(device="cpu", dtype="int8")
     with pytest.raises(ValueError, match="dtype is 'int8'; it must be one of float32"):
