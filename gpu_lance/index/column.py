@@ -183,8 +183,13 @@ class ColumnIndex:
             if metric not in self._indexes:
                 kind = self._load(dataset, metric)
                 self._held = wanted
-        except BaseException:
+        except BaseException as error:
             self._drop()  # half a change is never searched
+            if is_out_of_memory(error) and not isinstance(error, IndexBackendError):
+                raise IndexBackendError(
+                    f"Column {self.column!r} does not fit on {self.device}: {error}. Free memory "
+                    "there, or open the table with device='cpu'."
+                ) from error
             raise
         if kind != "none":
             seconds = time.perf_counter() - start
@@ -237,13 +242,8 @@ class ColumnIndex:
                     dataset, self.column, self.ndims, block_bytes=block
                 ):
                     index.add(torch.from_numpy(vectors).to(self.device), row_ids, valid)
-        except BaseException as error:
+        except BaseException:
             index.close()
-            if is_out_of_memory(error):
-                raise IndexBackendError(
-                    f"Column {self.column!r} does not fit on {self.device}: {error}. Free memory "
-                    "there, or open the table with device='cpu'."
-                ) from error
             raise
         self._indexes[metric] = index
         return "rebuild" if raw is None else "copy"
