@@ -12,7 +12,7 @@ from gpu_lance.device import resolve_device
 from gpu_lance.embeddings import DeviceEmbeddingFunction
 from gpu_lance.embeddings.calls import embed, finish, prepare, runs_on_device
 from gpu_lance.embeddings.device_base import Payload
-from gpu_lance.errors import BadInputError, EmbeddingError, OutOfDeviceMemoryError
+from gpu_lance.errors import BadInputError, DeviceError, EmbeddingError, OutOfDeviceMemoryError
 from gpu_lance.types import Modality, Side
 
 CPU = torch.device("cpu")
@@ -247,3 +247,24 @@ def test_an_overridden_list_method_is_asked():
 def test_session_arguments_are_not_stored():
     function = Lengths.create(device="cpu", batch_size=3, dtype="float32", fits=5)
     assert function.safe_model_dump() == {"fits": 5}
+
+
+def test_a_function_that_names_its_device_runs_there_wherever_the_vectors_go():
+    places: list[torch.device] = []
+
+    class Placed(Lengths):
+        def shaped(self, made: torch.Tensor) -> torch.Tensor:
+            places.append(made.device)
+            return made
+
+    meta = torch.device("meta")
+    made = embed(Placed(device=" CPU "), TEXTS, Side.SOURCE, ndims=3, device=meta)
+    assert made.vectors.device == meta
+    assert set(places) == {CPU}
+    assert made.valid.all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_a_function_that_names_a_gpu_never_falls_back():
+    with pytest.raises(DeviceError, match="device='cuda' was asked for"):
+        embed(Lengths(device="cuda"), TEXTS, Side.SOURCE, ndims=3, device=CPU)

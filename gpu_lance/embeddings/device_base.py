@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 from pydantic import Field, PrivateAttr
 
-from gpu_lance.device import resolve_device, to_host
+from gpu_lance.device import as_tensor, resolve_device, to_host
 from gpu_lance.embeddings.base import EmbeddingFunction
 from gpu_lance.embeddings.batching import Budget, run_batches
 from gpu_lance.embeddings.inputs import text_fault
@@ -99,8 +99,8 @@ class DeviceEmbeddingFunction(EmbeddingFunction):
     Parameters
     ----------
     device : str
-        Where the model runs: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ... Belongs to the
-        session: a table never stores it.
+        Where the model runs: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...; ``"auto"`` in a table is
+        where its vectors are held. Belongs to the session: a table never stores it.
     batch_size : int, optional
         The most items in one forward; None leaves it to the budget of the device.
     dtype : str, optional
@@ -210,6 +210,9 @@ class DeviceEmbeddingFunction(EmbeddingFunction):
     def finish(self, prepared: Prepared, *, ndims: int, device: torch.device) -> Embeddings:
         """Run the model over prepared items; see :func:`gpu_lance.embeddings.calls.finish`."""
         torch = require("torch", extra="cpu|cuda13|cuda12")
+        wanted = device
+        if self.device.strip().lower() != "auto":
+            device = resolve_device(self.device)  # the model's, wherever the vectors shall be
         # made outside inference_mode, so that the caller gets an ordinary tensor
         made = torch.empty((len(prepared.rows), ndims), dtype=torch.float32, device=device)
         out = torch.zeros((prepared.count, ndims), dtype=torch.float32, device=device)
@@ -227,7 +230,7 @@ class DeviceEmbeddingFunction(EmbeddingFunction):
             out.index_copy_(0, target.to(device), made)
         valid = np.zeros(prepared.count, dtype=bool)
         valid[prepared.positions] = True
-        return Embeddings(out, valid, dict(sorted(prepared.errors.items())))
+        return Embeddings(as_tensor(out, wanted), valid, dict(sorted(prepared.errors.items())))
 
     # -- LanceDB's methods
 
