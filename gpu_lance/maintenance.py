@@ -10,9 +10,17 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from gpu_lance.embeddings import fingerprint, get_registry
-from gpu_lance.errors import BadInputError, QueryError, SchemaError, UnknownColumnError
+from gpu_lance.errors import (
+    BadInputError,
+    QueryError,
+    SchemaError,
+    UnknownColumnError,
+    WrongTypeError,
+)
 from gpu_lance.index import metadata as index_metadata
 from gpu_lance.index.config import Flat
+from gpu_lance.ingest.tables import check_names
+from gpu_lance.query import sql
 from gpu_lance.table_reader import TableReader
 from gpu_lance.types import ColumnsResult
 
@@ -41,7 +49,9 @@ class Maintained(TableReader):
         Raises
         ------
         QueryError
-            If Lance does not understand an expression.
+            If an expression is not a whole one, or Lance does not understand it.
+        SchemaError
+            For a name that there is already, or that no column can have.
 
         Examples
         --------
@@ -52,9 +62,22 @@ class Maintained(TableReader):
         >>> table.search().to_list()
         [{'n': 2, 'double': 4}]
         """
-        if isinstance(transforms, pa.Field):
-            transforms = [transforms]
-        added: Any = dict(transforms) if isinstance(transforms, Mapping) else transforms
+        added: Any
+        if isinstance(transforms, Mapping):
+            added = {name: sql.checked(text, "expression") for name, text in transforms.items()}
+            names = list(added)
+        else:
+            fields = [transforms] if isinstance(transforms, pa.Field) else transforms
+            if not isinstance(fields, list | tuple | pa.Schema) or not all(
+                isinstance(field, pa.Field) for field in fields
+            ):
+                raise WrongTypeError(
+                    "add_columns takes a dict of SQL expressions by column, or Arrow fields, got "
+                    f"a {type(transforms).__name__}."
+                )
+            added = list(fields)
+            names = [field.name for field in added]
+        self._check_new(names, self._storage.writable().schema.names)
         self._asked(lambda: self._storage.run(lambda ds: ds.add_columns(added)), "new column")
         return ColumnsResult(self.version)
 
@@ -70,11 +93,24 @@ class Maintained(TableReader):
         Raises
         ------
         SchemaError
-            For the source or vector column of an embedding function, which knows them by name.
+            For the source or vector column of an embedding function, which knows them by name; for
+            a new name that no column can have.
         """
         used = self._used_columns()
+        schema = self._storage.writable().schema
+        indexes, names = index_metadata.read(schema.metadata), schema.names
         for alteration in alterations:
-            column = str(alteration.get("path"))
+            if not isinstance(alteration, Mapping):
+                raise WrongTypeError(
+                    f"A change is a dict with path and what to change, got {alteration!r}."
+                )
+            column = str(alteration.get("path")).strip("`")
+            if "rename" in alteration and column in names:
+                names.remove(column)
+                self._check_new([str(alteration["rename"])], names)
+                names.append(str(alteration["rename"]))
+                if column in indexes:
+                    indexes[names[-1]] = indexes.pop(column)
             if column in used and not set(alteration) <= {"path", "nullable"}:
                 raise SchemaError(
                     f"Column {column!r} belongs to the embedding function of {used[column]!r}, so "
@@ -85,6 +121,8 @@ class Maintained(TableReader):
             for alteration in alterations
         ]
         self._asked(lambda: self._storage.run(lambda ds: ds.alter_columns(*changes)), "change")
+        if indexes != index_metadata.read(schema.metadata):
+            self._storage.set_metadata(index_metadata.written(indexes))
         return ColumnsResult(self.version)
 
     def drop_columns(self, columns: Iterable[str]) -> ColumnsResult:
@@ -110,9 +148,16 @@ class Maintained(TableReader):
                     raise SchemaError(
                         f"Column {name!r} is the source of {vector!r}; drop that column too."
                     )
+        self._asked(lambda: self._storage.run(lambda ds: ds.drop_columns(names)), "change")
         self._forget(schema, names)
-        self._storage.run(lambda ds: ds.drop_columns(names))
         return ColumnsResult(self.version)
+
+    def _check_new(self, names: list[str], others: list[str]) -> None:
+        check_names(pa.schema([pa.field(name, pa.null()) for name in names]))
+        if there := [name for name in names if name in others]:
+            raise SchemaError(
+                f"Table '{self.name}' has a column {', '.join(map(repr, there))} already."
+            )
 
     def _used_columns(self) -> dict[str, str]:
         """The columns that embedding functions read and write, each with the vector column."""
@@ -135,9 +180,10 @@ class Maintained(TableReader):
         if any(name in stored for name in names):
             kept = {name: value for name, value in stored.items() if name not in names}
             changed[fingerprint.METADATA_KEY.decode()] = json.dumps(kept)
-        for name in names:
-            if name in index_metadata.read(metadata):
-                changed.update(index_metadata.updated(metadata, name, None))
+        indexes = index_metadata.read(metadata)
+        if any(name in indexes for name in names):
+            kept_indexes = {name: value for name, value in indexes.items() if name not in names}
+            changed.update(index_metadata.written(kept_indexes))
         if changed:
             self._storage.run(lambda ds: ds.update_schema_metadata(changed))
 

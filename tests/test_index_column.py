@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -529,22 +529,6 @@ def test_filters_are_remembered_for_a_version(
     dataset.delete("id = 2")
     check(index, lance.dataset(path), where="id < 50")
     assert len(asked) == 33
-
-
-def test_a_filter_that_changes_with_time_is_asked_each_time(index: ColumnIndex, path: str) -> None:
-    now = datetime.now(UTC)
-    early = [now + timedelta(milliseconds=5 * i) for i in range(100)]
-    dataset = create(path, rows(0, 100).append_column("at", pa.array(early)))
-    query = torch.zeros((1, D), device=index.device)
-
-    def past() -> int:
-        found = index.search(dataset, query, 100, Metric.L2, where="at <= NOW()")
-        return int(found.counts[0])
-
-    first = past()
-    while datetime.now(UTC) < early[-1]:
-        pass
-    assert first < past() == 100
 
 
 def test_a_remembered_filter_goes_with_the_slots(index: ColumnIndex, path: str) -> None:

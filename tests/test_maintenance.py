@@ -79,8 +79,9 @@ def test_columns_are_renamed_and_retyped(table: Table) -> None:
     assert table.schema.field("id").type == pa.int32()
     assert nearest(table, [30.0, 1.0], "point") == [30, 29, 31, 28, 32]
     for change in ({"rename": "words"}, {"data_type": pa.large_string()}):
-        with pytest.raises(SchemaError, match="belongs to the embedding function of 'vector'"):
-            table.alter_columns({"path": "text", **change})
+        for path in ("text", "`text`"):
+            with pytest.raises(SchemaError, match="belongs to the embedding function of 'vector'"):
+                table.alter_columns({"path": path, **change})
     with pytest.raises(QueryError, match="nope"):
         table.alter_columns({"path": "nope", "rename": "x"})
     table.add([{"id": 60, "text": "aaaaaaa", "point": [0.0, 0.0]}])
@@ -104,6 +105,60 @@ def test_a_vector_column_is_dropped_with_its_function(table: Table) -> None:
     assert nearest(table, [30.0, 1.0], "other")[:3] == [30, 60, 61]
     table.drop_columns(["text", "id"])
     assert table.schema.names == ["other"]
+
+
+@pytest.mark.parametrize(
+    "columns", [["id", "text", "vector", "other"], ["vector", "id.x"], ["other", "vector.item"]]
+)
+def test_a_drop_that_fails_changes_nothing(table: Table, columns: list[str]) -> None:
+    table.create_index("other", config=Flat(distance_type="cosine"))
+    before, version = table.schema, table.version
+    with pytest.raises(QueryError, match="change cannot be run"):
+        table.drop_columns(columns)
+    assert table.version == version
+    assert table.schema.equals(before, check_metadata=True)
+    assert nearest(table, "aab") == brute((2, 1))
+
+
+def test_the_metric_goes_with_its_column(table: Table) -> None:
+    for column in ("vector", "other"):
+        table.create_index(column, config=Flat(distance_type="cosine"))
+    table.alter_columns({"path": "other", "rename": "point"})
+    assert table.default_metric("point") == "cosine"
+    table.add_columns(pa.field("other", pa.list_(pa.float32(), 2)))
+    assert table.default_metric("other") == "l2"
+    table.drop_columns(["vector", "point"])
+    table.add_columns(
+        pa.schema([(name, pa.list_(pa.float32(), 2)) for name in ("vector", "point")])
+    )
+    assert table.default_metric("vector") == table.default_metric("point") == "l2"
+
+
+@pytest.mark.parametrize("name", ["_distance", "_rowid", "", "a.b", "`x`", "id"])
+def test_names_that_no_column_can_have(table: Table, name: str) -> None:
+    version = table.version
+    with pytest.raises(SchemaError):
+        table.add_columns({name: "id * 2"})
+    with pytest.raises(SchemaError):
+        table.add_columns(pa.field(name, pa.int32()))
+    with pytest.raises((SchemaError, QueryError)):
+        table.alter_columns({"path": "other", "rename": name})
+    assert table.version == version
+
+
+@pytest.mark.parametrize("text", ["id) , (id", "id; drop", "(id", "", "?", 5, None])
+def test_expressions_that_would_be_read_by_half(table: Table, text: Any) -> None:
+    with pytest.raises(QueryError):
+        table.add_columns({"z": text})
+    assert table.schema.names == ["id", "text", "vector", "other"]
+
+
+@pytest.mark.parametrize("given", [None, 5, "x", [("z", "id")], {"z": pa.int32()}])
+def test_what_is_no_new_column(table: Table, given: Any) -> None:
+    with pytest.raises(ValueError, match="add_columns takes|is SQL text"):
+        table.add_columns(given)
+    with pytest.raises(ValueError, match="is a dict with path"):
+        table.alter_columns("id")  # type: ignore[arg-type]
 
 
 def test_source_and_vector_go_together(table: Table) -> None:

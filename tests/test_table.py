@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -439,6 +440,20 @@ def test_an_update_evaluates_its_condition_once(table: Table) -> None:
     assert 0 < updated < n
     assert table.count_rows("text = 'b'") == updated
     assert sorted(rows(table)) == list(range(n)) and len(table) == n
+
+
+def test_a_filter_that_changes_with_time_is_evaluated_each_time(db: LanceDBConnection) -> None:
+    now = datetime.now(UTC)
+    at = [now + timedelta(milliseconds=10 * i) for i in range(100)]
+    table = db.create_table("times", {"at": pa.array(at), "vector": np.zeros((100, 2), np.float32)})
+
+    def past() -> int:
+        return len(table.search([0.0, 0.0]).where("at <= NOW()").limit(100).to_list())
+
+    first = past()
+    while datetime.now(UTC) < at[-1]:
+        pass
+    assert first < past() == 100
 
 
 def test_rows_are_deleted_and_counted(table: Table) -> None:

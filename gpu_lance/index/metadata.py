@@ -41,6 +41,11 @@ def updated(
     configs.pop(column, None)
     if config is not None:
         configs[column] = {"type": "FLAT", "distance_type": str(config.metric)}
+    return written(configs)
+
+
+def written(configs: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata entry of configurations by column, as :func:`read` gives them."""
     return {METADATA_KEY.decode(): json.dumps(configs)}
 
 

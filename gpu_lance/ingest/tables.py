@@ -91,7 +91,7 @@ def plan_table(
         arrow = source.schema
     else:
         source = Source(arrow, iter(()), 0) if data is None else read(data, arrow)
-    _check_names(arrow)
+    check_names(arrow)
     if not configs:
         configs = get_registry().parse_functions(arrow.metadata)
     arrow = _with_vector_columns(arrow, configs)
@@ -114,8 +114,13 @@ def _given(functions: Any) -> Sequence[EmbeddingFunctionConfig]:
     return functions
 
 
-def _check_names(schema: pa.Schema) -> None:
-    """Refuse columns that could not be stored, or not be searched."""
+def check_names(schema: pa.Schema) -> None:
+    """Refuse columns that could not be stored, or not be searched.
+
+    Raises
+    ------
+    SchemaError
+    """
     names = schema.names
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise SchemaError(f"There is more than one column {', '.join(map(repr, twice))}.")
