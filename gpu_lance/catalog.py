@@ -99,7 +99,9 @@ class FolderCatalog:
                 shutil.rmtree(path)
         except OSError as error:
             raise StorageError(f"Table '{name}' cannot be dropped: {error}") from error
-        shutil.rmtree(self._root / SIDECARS / name, ignore_errors=True)
+        # through a link it would delete what is not the database's
+        if not (self._root / SIDECARS).is_symlink():
+            shutil.rmtree(self._root / SIDECARS / name, ignore_errors=True)
 
 
 class StoreCatalog:

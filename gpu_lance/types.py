@@ -11,6 +11,8 @@ import numpy as np
 from gpu_lance.errors import BadInputError, QueryError
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import torch
 
 
@@ -152,3 +154,16 @@ class Embeddings:
 
     def __len__(self) -> int:
         return int(self.vectors.shape[0])
+
+
+def free_name(name: str, taken: Collection[str]) -> str:
+    """A name for a column of ours beside the caller's.
+
+    Examples
+    --------
+    >>> free_name("__place", ["id", "__place"])
+    '__place_'
+    """
+    while name in taken:
+        name += "_"
+    return name

@@ -186,3 +186,13 @@ def test_a_read_interval_is_honoured(tmp_path: Path) -> None:
     connect(tmp_path, device="cpu")["t"].add(ROWS)
     assert len(table) == 2
     assert len(connect(tmp_path, device="cpu")["t"]) == 4
+
+
+def test_dropping_a_table_deletes_nothing_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "home" / "t").mkdir(parents=True)
+    db = connect(tmp_path / "db")
+    db.create_table("t", [{"id": 1}])
+    (tmp_path / "db" / ".gpu_lance").symlink_to(tmp_path / "home", target_is_directory=True)
+    db.drop_table("t")
+    assert (tmp_path / "home" / "t").is_dir()
+    assert db.table_names() == []

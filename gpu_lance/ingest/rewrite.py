@@ -18,6 +18,7 @@ from gpu_lance.ingest.read import MAX_ROWS
 from gpu_lance.ingest.rows import column_to_arrow
 from gpu_lance.lance_errors import first_line, reading
 from gpu_lance.storage import ChangedRows
+from gpu_lance.types import free_name
 
 BEFORE = "__before_"
 
@@ -68,7 +69,10 @@ def rewritten(
             )
     columns = {name: values_sql.get(name, quoted(name)) for name in schema.names}
     sources = {str(column.source) for column in follow}
-    columns.update({BEFORE + name: quoted(name) for name in sources if name in values_sql})
+    before = {
+        name: free_name(BEFORE + name, schema.names) for name in sources if name in values_sql
+    }
+    columns.update({before[name]: quoted(name) for name in before})
     try:
         scanner = base.scanner(
             columns=columns,
@@ -85,7 +89,7 @@ def rewritten(
             if batch is None:
                 return
             if batch.num_rows:
-                yield _changed(batch, schema, values, follow, changed)
+                yield _changed(batch, schema, values, follow, before, changed)
     except GpuLanceError:
         raise
     except (OSError, ValueError) as error:
@@ -108,6 +112,7 @@ def _changed(
     schema: pa.Schema,
     values: Mapping[str, Any],
     follow: list[VectorColumn],
+    before: Mapping[str, str],
     changed: ChangedRows,
 ) -> pa.RecordBatch:
     n = batch.num_rows
@@ -124,8 +129,7 @@ def _changed(
     for column in follow:
         at = schema.get_field_index(column.name)
         new = arrays[schema.get_field_index(str(column.source))]
-        old_name = BEFORE + str(column.source)
-        old = batch.column(old_name if old_name in batch.schema.names else str(column.source))
+        old = batch.column(before.get(str(column.source), str(column.source)))
         arrays[at] = pc.if_else(pa.array(_same(old, new)), arrays[at], pa.nulls(n, column.type))
     return pa.RecordBatch.from_arrays(arrays, names=schema.names)
 

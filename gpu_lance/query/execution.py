@@ -206,7 +206,7 @@ def nearest(
     if where is not None or spec.order_by:
         scratch = Scratch(
             dataset, found.row_ids, found.distances, found.query_index,
-            mentioned(where, spec.order_by),
+            mentioned(where, spec.order_by), spec.queries.batch,
         )  # fmt: skip
         found = found.at(scratch.places(where, spec.order_by))
     return found.page(spec.offset, limit) if spec.offset or len(found) > limit else found
@@ -282,6 +282,7 @@ def fetch(dataset: lance.LanceDataset, found: Found, projection: Projection) -> 
         scratch = Scratch(
             dataset, found.row_ids, found.distances, found.query_index,
             set().union(*(words(text) for text in projection.read.values())),
+            QUERY_INDEX in projection.computed,
         )  # fmt: skip
         table = scratch.evaluate(projection.read)
     else:

@@ -18,14 +18,12 @@ from gpu_lance.errors import QueryError
 from gpu_lance.query.messages import refused
 from gpu_lance.query.projection import DISTANCE, QUERY_INDEX, ROW_ID
 from gpu_lance.query.sql import tokens, words
+from gpu_lance.types import free_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from gpu_lance.query.spec import ColumnOrdering
-
-PLACE = "__place"
-_ROW_ID = "__row_id"
 
 
 class Scratch:
@@ -43,6 +41,8 @@ class Scratch:
         (n,) int32.
     mentioned : set of str
         Words of the SQL that will be run; the columns among them are read.
+    batch : bool
+        Whether the result has a column ``query_index``, which then hides one of the table's.
     """
 
     def __init__(
@@ -52,14 +52,19 @@ class Scratch:
         distances: np.ndarray,
         query_index: np.ndarray,
         mentioned: set[str],
+        batch: bool,
     ) -> None:
         self._columns = dataset.schema.names
+        self._place, self._row_id, query = (
+            free_name(name, self._columns) for name in ("__place", "__row_id", "__query")
+        )
+        self._query = QUERY_INDEX if batch or QUERY_INDEX not in self._columns else query
         place = np.arange(len(row_ids), dtype=np.int64)
         added = {
-            pa.field(PLACE, pa.int64()): pa.array(place),
-            pa.field(_ROW_ID, pa.uint64()): pa.array(row_ids.astype(np.uint64)),
+            pa.field(self._place, pa.int64()): pa.array(place),
+            pa.field(self._row_id, pa.uint64()): pa.array(row_ids.astype(np.uint64)),
             pa.field(DISTANCE, pa.float32()): pa.array(distances),
-            pa.field(QUERY_INDEX, pa.int32(), nullable=False): pa.array(query_index),
+            pa.field(self._query, pa.int32(), nullable=False): pa.array(query_index),
         }
         table = pa.table(list(added.values()), schema=pa.schema(list(added)))
         own = set(table.column_names)
@@ -85,14 +90,15 @@ class Scratch:
         """
         keys = None
         if order_by:
-            keys = [LanceOrdering(QUERY_INDEX)]
+            keys = [LanceOrdering(self._query)]
             keys += [
                 LanceOrdering(key.column_name, ascending=key.ascending, nulls_first=key.nulls_first)
                 for key in order_by
             ]
-            keys.append(LanceOrdering(PLACE))
-        table = self._run("filter", where, columns=[PLACE], order_by=keys, with_row_id=True)
-        places: np.ndarray = table[PLACE].to_numpy()
+            keys.append(LanceOrdering(self._place))
+        columns = [self._place]
+        table = self._run("filter", where, columns=columns, order_by=keys, with_row_id=True)
+        places: np.ndarray = table[self._place].to_numpy()
         return places
 
     def evaluate(self, expressions: Mapping[str, str]) -> pa.Table:
@@ -103,13 +109,18 @@ class Scratch:
         QueryError
             If Lance does not understand one.
         """
-        columns = {name: _own_row_id(text) for name, text in expressions.items()}
+        columns = {name: self._own_row_id(text) for name, text in expressions.items()}
         return self._run("selection", None, columns=columns)
 
     def _run(self, what: str, where: str | None, **more: Any) -> pa.Table:
-        own = None if where is None else _own_row_id(where)
+        own = None if where is None else self._own_row_id(where)
         with refused(what, self._columns):
             return self._dataset.scanner(filter=own, **more).to_table()
+
+    def _own_row_id(self, sql: str) -> str:
+        """The SQL with the table's row id in the place of the dataset in memory's."""
+        parts = tokens(sql)
+        return "".join(self._row_id if text.strip("`") == ROW_ID else text for _, text in parts)
 
 
 def take(
@@ -146,9 +157,3 @@ def mentioned(where: str | None, order_by: Sequence[ColumnOrdering]) -> set[str]
     for key in order_by:
         found.add(key.column_name.split(".")[0].strip("`"))
     return found
-
-
-def _own_row_id(sql: str) -> str:
-    """The SQL with the table's row id in the place of the dataset in memory's."""
-    parts = tokens(sql)
-    return "".join(_ROW_ID if text.strip("`") == ROW_ID else text for _, text in parts)
