@@ -240,6 +240,8 @@ def _columns(table: Any, select: list[str] | None) -> list[str]:
 def _vector(text: str) -> list[float]:
     try:
         numbers = json.loads(text)
+        if not isinstance(numbers, list):  # a dict would give its keys
+            raise TypeError
         return [float(number) for number in numbers]
     except (ValueError, TypeError, RecursionError) as error:
         raise typer.BadParameter(

@@ -86,6 +86,8 @@ class LanceMergeInsertBuilder:
             If no step was chosen.
         SchemaError
             If the key is not among the data's columns.
+        QueryError
+            If two rows of the data match one row, or Lance does not understand a condition.
         CommitConflictError
             If another writer changed the same rows meanwhile.
         """

@@ -222,7 +222,10 @@ class Table(Maintained):
         }
         run = Pipeline(schema, self._columns(base, schema, functions), policy, self._indexes)
         dataset, counts = run.write(
-            source, lambda batches: self._storage.merge(on, batches, schema, apply)
+            source,
+            lambda batches: self._asked(
+                lambda: self._storage.merge(on, batches, schema, apply), "merge"
+            ),
         )
         self.last_report = run.report
         return MergeResult(

@@ -126,6 +126,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "complex": ([[1j, 1.0, 1.0]] * 2, "a vector for item 0 that holds 1j"),
     "complex array": (np.ones((2, 3), complex), "a vector for item 0 that holds"),
     "complex tensor": (torch.ones(2, 3, dtype=torch.complex64), "item 0 that holds"),
+    "a set": ({(1.0, 2.0, 3.0), (4.0, 5.0, 6.0)}, "must return a list of vectors, got a set"),
     "a dict": ({"a": 1, "b": 2}, "returned 'a' for item 0"),
     "huge": ([[10**400, 1, 1]] * 2, "a vector for item 0 that holds"),
 }

@@ -124,6 +124,8 @@ def test_version() -> None:
         (["search", "a", "b", "[1, 2", "--vector"], "--vector"),
         (["search", "a", "b", "3", "--vector"], "--vector"),
         (["search", "a", "b", '["x"]', "--vector"], "--vector"),
+        (["search", "a", "b", '{"1": 2}', "--vector"], "--vector"),
+        (["search", "a", "b", '"12"', "--vector"], "--vector"),
         (["demo", ""], "question is empty"),
         (["demo", "fine", "a\ud800"], "lone surrogate"),
         (["demo", "--rows", "0"], "--rows"),

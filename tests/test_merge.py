@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -96,6 +97,11 @@ def test_a_condition_on_matched_rows(table: Table) -> None:
     assert rows(table)[1] == ("a", 1, 1.0) and rows(table)[2] == ("x", 0, 1.0)
 
 
+def broken() -> Iterator[pa.RecordBatch]:
+    yield pa.record_batch({"id": pa.array([1])})
+    raise ZeroDivisionError
+
+
 def test_merges_that_cannot_be_run_change_nothing(table: Table) -> None:
     before = rows(table)
     with pytest.raises(ValueError, match="would do nothing"):
@@ -109,4 +115,11 @@ def test_merges_that_cannot_be_run_change_nothing(table: Table) -> None:
         merge.execute([{"id": 1, "vector": [float("nan")]}])
     with pytest.raises(QueryError):
         table.merge_insert("id").when_matched_update_all(where="a = 1) or (true")
+    with pytest.raises(QueryError, match="multiple source rows match the same target row"):
+        merge.execute([{"id": 1, "n": 1}, {"id": 1, "n": 2}])
+    for condition in ("nope = 1", "target.n <"):
+        with pytest.raises(QueryError, match="The merge cannot be run"):
+            table.merge_insert("id").when_matched_update_all(where=condition).execute([{"id": 1}])
+    with pytest.raises(ZeroDivisionError):
+        merge.execute(pa.RecordBatchReader.from_batches(pa.schema({"id": pa.int64()}), broken()))
     assert rows(table) == before and table.version == 2

@@ -44,6 +44,16 @@ def test_a_search_keeps_to_the_tables_column(db: LanceDBConnection, name: str) -
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("prefilter", [True, False])
+@pytest.mark.parametrize("name", ["Year", "year", "YEAR", "`Year`"])
+def test_a_filter_finds_a_column_in_another_case(
+    db: LanceDBConnection, name: str, prefilter: bool
+) -> None:
+    table = db.create_table("t", [{"Year": i, "vector": [float(i)]} for i in range(4)])
+    search = table.search([0.0]).where(f"{name} >= 2", prefilter=prefilter)
+    assert [row["Year"] for row in search.to_list()] == [2, 3]
+
+
 def test_an_update_keeps_a_column_of_an_inner_name(db: LanceDBConnection) -> None:
     @register("length")
     class Length(TextEmbeddingFunction):

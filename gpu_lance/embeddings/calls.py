@@ -205,7 +205,7 @@ def _as_rows(
         returned = returned.to_pylist()
     elif hasattr(returned, "to_numpy"):  # a data frame, or a column of vectors
         returned = returned.to_numpy()
-    if not hasattr(returned, "__len__"):
+    if not hasattr(returned, "__len__") or isinstance(returned, set | frozenset):  # no order
         raise EmbeddingError(
             f"{name} must return a list of vectors, got a {type(returned).__name__}."
         )

@@ -68,7 +68,8 @@ class Scratch:
         }
         table = pa.table(list(added.values()), schema=pa.schema(list(added)))
         own = set(table.column_names)
-        names = [name for name in self._columns if name in mentioned and name not in own]
+        found = {word.lower() for word in mentioned}  # as Lance finds them where no other fits
+        names = [name for name in self._columns if name.lower() in found and name not in own]
         if names:
             table = take(dataset, row_ids, names).drop_columns([ROW_ID])  # Lance reserves the name
             for field, values in added.items():
