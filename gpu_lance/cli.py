@@ -129,10 +129,11 @@ def demo(
                 progress=progress,
                 note=_note,
             )
-    if as_json:
-        _write_json(report.to_dict())
-    else:
-        _show_demo(report)
+    with _failing(False):
+        if as_json:
+            _write_json(report.to_dict())
+        else:
+            _show_demo(report)
 
 
 @app.command()
@@ -151,10 +152,11 @@ def info(
             with overview.open_database(db, device) as connection:
                 found["database"] = db
                 found["tables"] = overview.tables(connection, table)
-    if as_json:
-        _write_json(found)
-    else:
-        _show_info(found)
+    with _failing(False):
+        if as_json:
+            _write_json(found)
+        else:
+            _show_info(found)
     broken = [entry for entry in found.get("tables", ()) if "error" in entry]
     if broken:
         for entry in broken:
@@ -219,14 +221,15 @@ def search(
             "took_ms": took,
             "hits": hits,
         }
-    if as_json:
-        _write_json(found)
-        return
-    names = list(hits[0]) if hits else []
-    names = ["_distance", *(name for name in names if name != "_distance")]
-    _show_table(names, [[hit[name] for name in names] for hit in hits])
-    count = _count(len(hits), "row")
-    _note(f"{count} of {found['rows']} in {took:.0f} ms on {used}, loading included")
+    with _failing(False):
+        if as_json:
+            _write_json(found)
+            return
+        names = list(hits[0]) if hits else []
+        names = ["_distance", *(name for name in names if name != "_distance")]
+        _show_table(names, [[hit[name] for name in names] for hit in hits])
+        count = _count(len(hits), "row")
+        _note(f"{count} of {found['rows']} in {took:.0f} ms on {used}, loading included")
 
 
 def _columns(table: Any, select: list[str] | None) -> list[str]:

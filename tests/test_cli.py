@@ -431,6 +431,22 @@ def test_a_reader_that_goes_away_is_no_traceback(database: str) -> None:
     assert "Traceback" not in error
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+def test_a_full_disk_is_one_line(database: str, as_json: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "gpu_lance.cli", "info", database, *as_json],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert result.returncode == 1
+    assert "No space left" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
 def test_ctrl_c_is_exit_code_130_without_a_traceback(tmp_path: Path) -> None:
     process = subprocess.Popen(
