@@ -13,8 +13,9 @@ Examples
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from gpu_lance.optional import lazy
 
 if TYPE_CHECKING:
     from gpu_lance.db import connect
@@ -27,16 +28,4 @@ _MODULES = ("db", "embeddings", "errors", "index", "pydantic", "query", "table")
 
 __all__ = ["__version__", "connect"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{name}")
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS, *_MODULES})
+__getattr__, __dir__ = lazy(__name__, _EXPORTS, _MODULES)
