@@ -375,8 +375,9 @@ class Storage:
                     raise BadInputError(
                         f"Table '{self.name}' has no version {version!r}: {first_line(error)}"
                     ) from error
-            old = old.checkout_version(old.version)
-            old.restore()
+            with writing(self.name):
+                old = old.checkout_version(old.version)
+                old.restore()
             self._pinned = None
             return self._committed(self._refreshed(now=True))
 

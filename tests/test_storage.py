@@ -15,6 +15,7 @@ import pytest
 from gpu_lance.errors import (
     BadInputError,
     CommitConflictError,
+    StorageError,
     TableExistsError,
     TableNotFoundError,
 )
@@ -130,6 +131,18 @@ def test_versions_are_read_and_restored(storage: Storage) -> None:
     storage.checkout(3)
     storage.checkout_latest()
     assert storage.dataset().version == 5
+
+
+def test_a_version_that_was_cleaned_up_meanwhile(tmp_path: Path) -> None:
+    storage = Storage.create(str(tmp_path / "t.lance"), "t", iter([batch(1, 2, 3)]), SCHEMA)
+    storage.checkout(1)
+    other = Storage(storage.uri, "t")
+    other.delete("id = 1")
+    other.run(lambda ds: ds.cleanup_old_versions(timedelta(0)))
+    with pytest.raises(StorageError, match="cannot be written"):
+        storage.restore(None)
+    storage.checkout_latest()
+    assert ids(storage) == [2, 3]
 
 
 def test_versions_that_are_not_there(storage: Storage) -> None:
