@@ -34,6 +34,35 @@ CUDA_REMEDY = (
 )
 
 
+_threads = {"started": False, "lost": False}
+
+
+def _after_fork() -> None:
+    _threads["lost"] = _threads["lost"] or _threads["started"]
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def check_threads() -> None:
+    """Refuse to compute in a process that was forked from one that had computed.
+
+    The threads of torch and FAISS do not come along, and the child would wait for them for ever.
+
+    Raises
+    ------
+    DeviceError
+    """
+    if _threads["lost"]:
+        raise DeviceError(
+            "This process was forked from one that had embedded or searched already, and the "
+            "threads of torch and FAISS do not survive that. Start processes by 'spawn' "
+            "(multiprocessing.get_context('spawn')), or fork before the first search."
+        )
+    _threads["started"] = True
+
+
 def resolve_device(device: str | torch.device | None = "auto") -> torch.device:
     """Turn the name of a device into a device that works.
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 from gpu_lance.embeddings import fingerprint, get_registry
 from gpu_lance.errors import (
     BadInputError,
+    GpuLanceError,
     QueryError,
     SchemaError,
     UnknownColumnError,
@@ -20,6 +21,7 @@ from gpu_lance.errors import (
 from gpu_lance.index import metadata as index_metadata
 from gpu_lance.index.config import Flat
 from gpu_lance.ingest.tables import check_names
+from gpu_lance.lance_errors import first_line
 from gpu_lance.query import sql
 from gpu_lance.table_reader import TableReader
 from gpu_lance.types import ColumnsResult
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 SCALAR_INDEXES = ("BTREE", "BITMAP", "LABEL_LIST")
 KEPT_FOR = timedelta(days=7)  # how long LanceDB keeps old versions
+LONGEST = timedelta(days=36_500)  # longer ones do not fit Lance's microseconds
 
 
 class Maintained(TableReader):
@@ -77,6 +80,8 @@ class Maintained(TableReader):
                 )
             added = list(fields)
             names = [field.name for field in added]
+        if not names:
+            return ColumnsResult(self.version)
         self._check_new(names, self._storage.writable().schema.names)
         self._asked(lambda: self._storage.run(lambda ds: ds.add_columns(added)), "new column")
         return ColumnsResult(self.version)
@@ -96,6 +101,8 @@ class Maintained(TableReader):
             For the source or vector column of an embedding function, which knows them by name; for
             a new name that no column can have.
         """
+        if not alterations:
+            return ColumnsResult(self.version)
         used = self._used_columns()
         schema = self._storage.writable().schema
         indexes, names = index_metadata.read(schema.metadata), schema.names
@@ -104,6 +111,8 @@ class Maintained(TableReader):
                 raise WrongTypeError(
                     f"A change is a dict with path and what to change, got {alteration!r}."
                 )
+            if not isinstance(alteration.get("rename", ""), str):
+                raise WrongTypeError(f"A column's new name is text, got {alteration['rename']!r}.")
             column = str(alteration.get("path")).strip("`")
             if "rename" in alteration and column in names:
                 names.remove(column)
@@ -136,6 +145,8 @@ class Maintained(TableReader):
             For the source of a vector column that stays.
         """
         names = [columns] if isinstance(columns, str) else list(columns)
+        if not names:
+            return ColumnsResult(self.version)
         schema = self._storage.writable().schema
         for name in names:
             root = name.split(".")[0]
@@ -248,7 +259,7 @@ class Maintained(TableReader):
                 f"{', '.join(map(repr, SCALAR_INDEXES))}."
             )
         schema = self._storage.writable().schema
-        if column.split(".")[0] not in schema.names:
+        if not isinstance(column, str) or column.split(".")[0] not in schema.names:
             raise UnknownColumnError(
                 f"Table '{self.name}' has no column {column!r}; it has {', '.join(schema.names)}."
             )
@@ -258,8 +269,12 @@ class Maintained(TableReader):
 
         try:
             self._storage.run(create)
-        except (OSError, ValueError, TypeError) as error:
-            raise BadInputError(f"Column {column!r} cannot be indexed: {error}") from error
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            if isinstance(error, GpuLanceError):
+                raise
+            raise BadInputError(
+                f"Column {column!r} cannot be indexed: {first_line(error)}."
+            ) from error
 
     def drop_index(self, name: str) -> None:
         """Remove one of Lance's indexes by its name.
@@ -300,10 +315,16 @@ class Maintained(TableReader):
         older_than : timedelta, optional
         delete_unverified : bool
             Also files that may belong to a write that is going on.
+
+        Raises
+        ------
+        BadInputError
+            If `older_than` is negative or no timedelta.
         """
+        age = _checked_age(older_than)
         return self._storage.run(
             lambda ds: ds.cleanup_old_versions(
-                KEPT_FOR if older_than is None else older_than,
+                age,
                 delete_unverified=delete_unverified,
                 error_if_tagged_old_versions=False,
             )
@@ -321,6 +342,16 @@ class Maintained(TableReader):
         delete_unverified : bool
             See :meth:`cleanup_old_versions`.
         """
+        _checked_age(cleanup_older_than)
         self.compact_files()
         self._storage.run(lambda ds: ds.optimize.optimize_indices())
         self.cleanup_old_versions(cleanup_older_than, delete_unverified=delete_unverified)
+
+
+def _checked_age(older_than: timedelta | None) -> timedelta:
+    age = KEPT_FOR if older_than is None else older_than
+    if not isinstance(age, timedelta) or not timedelta(0) <= age <= LONGEST:
+        raise BadInputError(
+            f"The age is {older_than!r}; it must be a timedelta of 0 to {LONGEST.days} days."
+        )
+    return age

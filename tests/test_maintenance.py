@@ -211,3 +211,29 @@ def test_compaction_and_clean_up_change_no_answer(table: Table) -> None:
     assert len(table) == 20
     with pytest.raises(ValueError, match="cannot be modified"):
         table.compact_files()
+
+
+def test_arguments_that_are_none(table: Table) -> None:
+    version = table.version
+    for nothing in (
+        lambda: table.add_columns({}),
+        table.alter_columns,
+        lambda: table.drop_columns([]),
+    ):
+        assert nothing().version == version
+    for age in (5, timedelta(-1), timedelta.max, "7 days"):
+        with pytest.raises(BadInputError, match="age"):
+            table.cleanup_old_versions(age)  # type: ignore[arg-type]
+        with pytest.raises(BadInputError, match="age"):
+            table.optimize(cleanup_older_than=age)  # type: ignore[arg-type]
+    with pytest.raises(UnknownColumnError):
+        table.create_scalar_index(None)  # type: ignore[arg-type]
+    with pytest.raises(BadInputError, match="id.x"):
+        table.create_scalar_index("id.x")
+    with pytest.raises(TypeError, match="new name"):
+        table.alter_columns({"path": "id", "rename": 5})
+    assert table.version == version
+    table.create_scalar_index("id")
+    with pytest.raises(BadInputError, match="already exists"):
+        table.create_scalar_index("id", replace=False)
+    table.create_scalar_index("id", replace=True)

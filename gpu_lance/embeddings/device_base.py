@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 from pydantic import Field, PrivateAttr
 
-from gpu_lance.device import as_tensor, resolve_device, to_host
+from gpu_lance.device import as_tensor, check_threads, resolve_device, to_host
 from gpu_lance.embeddings.base import EmbeddingFunction
 from gpu_lance.embeddings.batching import Budget, run_batches
 from gpu_lance.embeddings.inputs import text_fault
@@ -210,6 +210,7 @@ class DeviceEmbeddingFunction(EmbeddingFunction):
     def finish(self, prepared: Prepared, *, ndims: int, device: torch.device) -> Embeddings:
         """Run the model over prepared items; see :func:`gpu_lance.embeddings.calls.finish`."""
         torch = require("torch", extra="cpu|cuda13|cuda12")
+        check_threads()
         wanted = device
         if self.device.strip().lower() != "auto":
             device = resolve_device(self.device)  # the model's, wherever the vectors shall be

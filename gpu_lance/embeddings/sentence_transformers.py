@@ -22,8 +22,8 @@ from gpu_lance.embeddings.text_models import (
     load_text_model,
 )
 from gpu_lance.embeddings.tokens import TextTokenizer
-from gpu_lance.embeddings.variables import has_reference
-from gpu_lance.errors import EmbeddingError
+from gpu_lance.embeddings.variables import has_reference, redact
+from gpu_lance.errors import EmbeddingError, ModelNotFoundError
 from gpu_lance.types import Side
 
 if TYPE_CHECKING:
@@ -88,11 +88,9 @@ class SentenceTransformerEmbeddings(  # type: ignore[misc]  # the names of argum
             # only for modules that do not write their width down
             width = self.embedding_model.get_embedding_dimension()
         if width is None:
-            raise EmbeddingError(
-                f"The model {self.name!r} does not say how long its vectors are; pass truncate_dim."
-                if self.truncate_dim is None
-                else f"The model {self.name!r} does not say how long its vectors are."
-            )
+            more = "" if self.truncate_dim is not None else "; pass truncate_dim"
+            name = self._told(self.name)
+            raise EmbeddingError(f"The model {name!r} does not say how long its vectors are{more}.")
         return width if self.truncate_dim is None else min(width, self.truncate_dim)
 
     @derived
@@ -175,8 +173,28 @@ class SentenceTransformerEmbeddings(  # type: ignore[misc]  # the names of argum
 
     def _locate(self) -> Located:
         if self._located is None:
-            self._located = locate(self.name, self.revision, ORGANIZATION)
+            try:
+                self._located = locate(self.name, self.revision, ORGANIZATION)
+            except ModelNotFoundError as error:
+                told = self._told(str(error))
+            else:
+                return self._located
+            # outside the except block, so that the first message does not come along
+            raise ModelNotFoundError(told)
         return self._located
+
+    def _told(self, text: str) -> str:
+        """A text for the user, with references where a table or a caller wrote references."""
+        written = self._original_args or {}
+        values = {"name": self.name, "revision": self.revision}
+        return redact(
+            text,
+            {
+                value: str(written[key])
+                for key, value in values.items()
+                if value is not None and has_reference(written.get(key))
+            },
+        )
 
     def _model_folder(self) -> ModelFolder:
         if self._folder is None:
@@ -198,7 +216,7 @@ class SentenceTransformerEmbeddings(  # type: ignore[misc]  # the names of argum
             model = self._model_folder()
             if not model.is_packable:
                 return None
-            with load_errors(self.name):
+            with load_errors(self._told(self.name)):
                 return TextTokenizer.load(model, self.trust_remote_code)
 
         arguments = {**self._load_arguments(None), "part": "tokenizer"}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpu_lance.device import free_memory, is_out_of_memory
+from gpu_lance.device import check_threads, free_memory, is_out_of_memory
 from gpu_lance.errors import IndexBackendError
 from gpu_lance.index.base import SearchResult, VectorIndex
 from gpu_lance.index.flat import FlatIndex, block_bytes
@@ -125,6 +125,7 @@ class ColumnIndex:
             If the column does not fit on the device.
         """
         metric = Metric.parse(metric)
+        check_threads()
         with self._lock:
             visible = self._follow(dataset, metric)
             index = self._indexes[metric]
@@ -291,6 +292,7 @@ class ColumnIndex:
         valid : numpy.ndarray, optional
             (n,) bool, False for null vectors.
         """
+        check_threads()
         with self._lock:
             start = time.perf_counter()
             wanted = Mark.of(dataset, self.column)

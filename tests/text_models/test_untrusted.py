@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from gpu_lance.embeddings import get_registry
 from gpu_lance.embeddings.sentence_transformers import SentenceTransformerEmbeddings
 from gpu_lance.errors import EmbeddingError, ModelNotFoundError, UntrustedModelError
 
@@ -212,3 +213,15 @@ def test_more_tokens_than_positions_are_cut_off(folder):
     function = SentenceTransformerEmbeddings.create(name=str(folder), device="cpu")
     long, cut = function.compute_source_embeddings(["fox " * 300, "fox " * 64])
     np.testing.assert_allclose(long, cut, atol=1e-6)
+
+
+def test_a_variable_named_by_a_table_is_not_told() -> None:
+    registry = get_registry()
+    registry.set_var("hidden", "sk-very-secret-value")
+    function = SentenceTransformerEmbeddings.create(name="$var:hidden", revision="$var:hidden")
+    with pytest.raises(ModelNotFoundError, match=r"\$var:hidden") as info:
+        function.ndims()
+    error: BaseException | None = info.value
+    while error is not None:
+        assert "sk-very-secret-value" not in str(error)
+        error = error.__cause__ or error.__context__
