@@ -202,12 +202,14 @@ def mixed_texts(folder: Path, rows: int) -> list[str]:
     return kept[:rows]
 
 
-def short_texts(rows: int) -> list[str]:
-    """First sentences of the help topics, cut to eight words: short, and of nearly one length."""
+def short_texts(folder: Path, rows: int) -> list[str]:
+    """Seven words of the help topics in a row, of 9 to 12 tokens: short, and nearly uniform."""
     from pydoc_data.topics import topics
 
     words = " ".join(topics.values()).split()
-    return [" ".join(words[i : i + 8]) for i in range(0, 8 * rows, 8)]
+    texts = list(dict.fromkeys(" ".join(words[i : i + 7]) for i in range(0, len(words), 7)))
+    counts = tokens_of(folder, texts)
+    return [text for text, n in zip(texts, counts, strict=True) if 9 <= n <= 12][:rows]
 
 
 # ------------------------------------------------------------------------------------ the report
@@ -308,7 +310,7 @@ def main() -> None:
     cases = {
         "mixed": Case("mixed", texts, 1),
         "mixed-2-threads": Case("mixed-2-threads", texts, 2),
-        "short": Case("short", short_texts(2 * args.rows), 1),
+        "short": Case("short", short_texts(folder, 2 * args.rows), 1),
     }
     rows = [
         row for name in args.cases.split(",") for row in measure(cases[name], folder, args.rounds)

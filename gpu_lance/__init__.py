@@ -18,14 +18,20 @@ from typing import TYPE_CHECKING
 from gpu_lance.optional import lazy
 
 if TYPE_CHECKING:
-    from gpu_lance.db import connect
+    from gpu_lance.db import DBConnection, LanceDBConnection, connect
+    from gpu_lance.table import Table
 
 __version__ = "0.1.0"
 
-_EXPORTS = {"connect": "db"}
+_EXPORTS = {
+    "DBConnection": "db",
+    "LanceDBConnection": "db",
+    "Table": "table",
+    "connect": "db",
+}
 # `gpu_lance.embeddings` works without an import of its own, as `lancedb.embeddings` does.
 _MODULES = ("db", "embeddings", "errors", "index", "pydantic", "query", "table")
 
-__all__ = ["__version__", "connect"]
+__all__ = ["DBConnection", "LanceDBConnection", "Table", "__version__", "connect"]
 
 __getattr__, __dir__ = lazy(__name__, _EXPORTS, _MODULES)

@@ -8,10 +8,10 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gpu_lance.catalog import FolderCatalog, StoreCatalog, checked_name
-from gpu_lance.device import resolve_device
+from gpu_lance.device import check_device_name, resolve_device
 from gpu_lance.embeddings import EmbeddingFunctionConfig
 from gpu_lance.errors import (
     BadInputError,
@@ -28,7 +28,7 @@ from gpu_lance.ingest.progress import progress_callback
 from gpu_lance.ingest.tables import Planned, plan_table
 from gpu_lance.storage import Storage, is_remote
 from gpu_lance.table import Table
-from gpu_lance.types import OnBadVectors
+from gpu_lance.types import ListTablesResponse, OnBadVectors
 
 if TYPE_CHECKING:
     import torch
@@ -61,13 +61,15 @@ def connect(
     storage_options : mapping of str to str, optional
         Passed to Lance for object stores.
     device : str or torch.device
-        Where vectors are held and searched: ``"auto"``, ``"cuda"``, ``"cuda:1"``, ``"cpu"``. It is
-        resolved when a table is first used.
+        Where vectors are held and searched: ``"auto"``, ``"cuda"``, ``"cuda:1"``, ``"cpu"``.
+        Whether it is there is found when something is first embedded or searched.
 
     Raises
     ------
     ValueError
         For LanceDB Cloud, or a `uri` that is a file.
+    DeviceError
+        For a device of another name.
 
     Examples
     --------
@@ -81,6 +83,7 @@ def connect(
         raise BadInputError("connect needs a folder, 'memory://', or an object store's URI.")
     if not isinstance(uri, str | os.PathLike):
         raise WrongTypeError(f"connect takes a str or a Path, got a {type(uri).__name__}.")
+    check_device_name(device)
     text = os.fspath(uri)
     if not text:
         raise BadInputError("connect got an empty path; '.' is the folder that you are in.")
@@ -163,6 +166,37 @@ class LanceDBConnection:
             names = [name for name in names if name > page_token]
         return names[:limit]
 
+    def list_tables(
+        self,
+        namespace_path: Sequence[str] | None = None,
+        page_token: str | None = None,
+        limit: int | None = None,
+    ) -> ListTablesResponse:
+        """The tables' names, sorted, a page at a time.
+
+        Parameters
+        ----------
+        namespace_path : sequence of str, optional
+            Only the root, [] or None: there are no others here.
+        page_token : str, optional
+            Of the page before.
+        limit : int, optional
+            The most names.
+
+        Examples
+        --------
+        >>> import gpu_lance
+        >>> db = gpu_lance.connect("memory://")
+        >>> table = db.create_table("t", [{"n": 1}])
+        >>> db.list_tables().tables
+        ['t']
+        """
+        if namespace_path:
+            raise BadInputError(f"There is no namespace {list(namespace_path)!r}: tables are flat.")
+        names = self.table_names(page_token, None if limit is None else limit + 1)
+        more = limit is not None and limit > 0 and len(names) > limit
+        return ListTablesResponse(names[:limit], names[limit - 1] if more and limit else None)
+
     def __len__(self) -> int:
         return len(self.table_names())
 
@@ -234,7 +268,10 @@ class LanceDBConnection:
         exists = name in self
         if exists and mode == "create":
             if not exist_ok:
-                raise TableExistsError(f"Table '{name}' already exists")
+                raise TableExistsError(
+                    f"Table '{name}' already exists. Open it with open_table, keep it with "
+                    "exist_ok=True, or replace it with mode='overwrite'."
+                )
             return self._existing(name, schema if schema is not None else data, storage_options)
         planned = plan_table(data, schema, embedding_functions)
         functions = planned.functions
@@ -365,4 +402,4 @@ class LanceDBConnection:
         return MEMORY
 
 
-DBConnection = LanceDBConnection  # LanceDB's name for the general kind
+DBConnection: TypeAlias = LanceDBConnection  # LanceDB's name for any connection

@@ -96,13 +96,7 @@ def resolve_device(device: str | torch.device | None = "auto") -> torch.device:
         asked = f"GPU_LANCE_DEVICE={variable!r} was asked for"
     if name == "auto":
         return _automatic_device()
-    # not torch's own parser, for which cuda:999 is a negative number
-    match = _NAME.fullmatch(name)
-    if match is None:
-        raise DeviceError(
-            f"Unknown device {name!r}{origin}; use 'auto', 'cpu', 'cuda', 'cuda:<number>' or 'mps'."
-        )
-    kind, number = match.groups()
+    kind, number = _parts(name, origin)
     if kind == "cpu":
         return torch.device("cpu")
     if kind == "mps":
@@ -119,6 +113,37 @@ def resolve_device(device: str | torch.device | None = "auto") -> torch.device:
         last = "it is 'cuda:0'" if count == 1 else f"the last is 'cuda:{count - 1}'"
         raise DeviceError(f"{asked}, but the number of GPUs is {count}; {last}.")
     return torch.device("cuda", index)
+
+
+def check_device_name(device: str | torch.device | None) -> None:
+    """Refuse a name that no device has, without asking whether the device is there.
+
+    Raises
+    ------
+    DeviceError
+
+    Examples
+    --------
+    >>> check_device_name("cuda:1")
+    >>> check_device_name("tpu")
+    Traceback (most recent call last):
+    gpu_lance.errors.DeviceError: Unknown device 'tpu'; use 'auto', 'cpu', 'cuda', ...
+    """
+    name = "auto" if device is None else str(device).strip().lower()
+    if name != "auto":
+        _parts(name, "")
+
+
+def _parts(name: str, origin: str) -> tuple[str, str | None]:
+    """The kind and number of a device, in lower case."""
+    # not torch's own parser, for which cuda:999 is a negative number
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise DeviceError(
+            f"Unknown device {name!r}{origin}; use 'auto', 'cpu', 'cuda', 'cuda:<number>' or 'mps'."
+        )
+    kind, number = match.groups()
+    return kind, number
 
 
 @functools.cache

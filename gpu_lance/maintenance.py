@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,15 @@ from gpu_lance.types import ColumnsResult
 if TYPE_CHECKING:
     import lance
 
+logger = logging.getLogger(__name__)
+
 SCALAR_INDEXES = ("BTREE", "BITMAP", "LABEL_LIST")
+SCALAR_CONFIGS = {"BTree": "BTREE", "Bitmap": "BITMAP", "LabelList": "LABEL_LIST"}
+# LanceDB's, for approximate indexes and for waiting for them
+VECTOR_SETTINGS = {
+    "ef_construction", "index_cache_size", "m", "max_iterations", "num_bits", "sample_rate",
+    "target_partition_size", "train", "wait_timeout",
+}  # fmt: skip
 KEPT_FOR = timedelta(days=7)  # how long LanceDB keeps old versions
 LONGEST = timedelta(days=36_500)  # longer ones do not fit Lance's microseconds
 
@@ -201,30 +210,102 @@ class Maintained(TableReader):
     # --------------------------------------------------------------- indexes
 
     def create_index(
-        self, column: str = "vector", *, config: Flat | None = None, **legacy: Any
+        self,
+        column: str | None = None,
+        num_partitions: int | None = None,
+        num_sub_vectors: int | None = None,
+        vector_column_name: str = "vector",
+        replace: bool = True,
+        accelerator: str | None = None,
+        *,
+        config: Any = None,
+        name: str | None = None,
+        metric: str | None = None,
+        index_type: str = "IVF_PQ",
+        **settings: Any,
     ) -> None:
-        """Say how a vector column is searched by default.
+        """Say how a vector column is searched by default, or let Lance index another column.
+
+        A vector column is searched exactly whatever is asked for: approximate indexes are not
+        available yet, and of one only the metric is kept.
 
         Parameters
         ----------
-        column : str
-        config : Flat, optional
-            The exact index, with the metric of searches that name none.
+        column : str, optional
+            With `config`, the column; without it LanceDB's first argument, the metric.
+        config : object
+            ``Flat`` or one of LanceDB's vector indexes, for its ``distance_type``; ``BTree``,
+            ``Bitmap`` or ``LabelList`` for a column to filter by. This package's and LanceDB's
+            objects do.
+        name : str, optional
+            Of a scalar index.
+        metric : {"l2", "cosine", "dot"}
+            In LanceDB's older style, without `config`.
+        vector_column_name, index_type
+            Of the older style.
+        num_partitions, num_sub_vectors, accelerator, **settings
+            Of approximate indexes; taken, and of no effect.
+        replace : bool
+            Whether an index that is there is made again.
 
         Raises
         ------
+        UnknownColumnError
+            If there is no such column, or it holds no vectors.
         QueryError
-            For any other kind of index: approximate ones are not available yet, and exact search
-            needs none.
+            For another metric, or a full-text index.
+        BadInputError
+            For another kind of index.
+        TypeError
+            For a setting that no index has.
+
+        Examples
+        --------
+        >>> import gpu_lance
+        >>> from gpu_lance.index import BTree, Flat
+        >>> table = gpu_lance.connect("memory://", device="cpu").create_table(
+        ...     "t", [{"n": 1, "vector": [3.0, 4.0]}]
+        ... )
+        >>> table.create_index("vector", config=Flat(distance_type="cosine"))
+        >>> table.create_index("n", config=BTree())
+        >>> round(table.search([6.0, 8.0]).where("n = 1").to_list()[0]["_distance"], 6)
+        0.0
         """
-        if legacy or not isinstance(config or Flat(), Flat):
-            raise QueryError(
-                "Only config=Flat(distance_type=...) is available: approximate indexes are not, "
-                "and exact search on the device needs none."
+        if unknown := sorted(settings.keys() - VECTOR_SETTINGS):
+            raise WrongTypeError(f"create_index has no argument {', '.join(unknown)}.")
+        kind = str(index_type) if config is None else type(config).__name__
+        if kind in SCALAR_CONFIGS:
+            self.create_scalar_index(
+                column or vector_column_name, replace=replace, name=name,
+                index_type=SCALAR_CONFIGS[kind],
+            )  # fmt: skip
+            return
+        if kind.upper() in ("FTS", "FM"):
+            raise QueryError("Full-text indexes are not available yet.")
+        if config is None:
+            asked: Any = metric or column or "l2"
+            target = vector_column_name
+        else:
+            asked = getattr(config, "distance_type", None)
+            target = column or vector_column_name
+        vector = kind == "Flat" or kind.upper().startswith(("IVF", "HNSW", "CAGRA"))
+        if not vector or not isinstance(asked, str):
+            raise BadInputError(
+                f"{config or index_type!r} is no kind of index; use Flat, BTree, Bitmap or "
+                "LabelList of gpu_lance.index, or one of LanceDB's."
             )
-        self.column_index(column)
+        flat = Flat(distance_type=asked)  # type: ignore[arg-type]
+        self.column_index(target)
+        if kind != "Flat":
+            logger.warning(
+                "Column %r is searched exactly, by %s: approximate indexes such as %s are not "
+                "available yet.",
+                target,
+                flat.metric,
+                kind,
+            )
         metadata = self._storage.writable().schema.metadata
-        self._storage.set_metadata(index_metadata.updated(metadata, column, config or Flat()))
+        self._storage.set_metadata(index_metadata.updated(metadata, target, flat))
 
     def create_scalar_index(
         self,

@@ -20,12 +20,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What a merge did: the version that it made, and how many rows it wrote and deleted."""
+    """What a merge did: the version that it made, and how many rows it wrote and deleted.
+
+    `num_attempts` counts the tries that other writers made necessary.
+    """
 
     version: int
     num_updated_rows: int
     num_inserted_rows: int
     num_deleted_rows: int
+    num_attempts: int = 1
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that were inserted or updated."""
+        return self.num_updated_rows + self.num_inserted_rows
 
 
 class LanceMergeInsertBuilder:

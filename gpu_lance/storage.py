@@ -229,7 +229,8 @@ class Storage:
                 self._pinned = latest.checkout_version(version)
             except (OSError, ValueError, OverflowError) as error:
                 raise BadInputError(
-                    f"Table '{self.name}' has no version {version!r}: {first_line(error)}"
+                    f"Table '{self.name}' has no version {version!r}. It may have been cleaned up; "
+                    "list_versions() and tags.list() have those that there are."
                 ) from error
 
     def checkout_latest(self) -> None:
@@ -343,12 +344,12 @@ class Storage:
             counts = apply(dataset.merge_insert(on), reader)
         return self._committed(dataset), counts
 
-    def delete(self, where: str) -> lance.LanceDataset:
-        """Commit the deletion of the rows for which `where` holds."""
+    def delete(self, where: str) -> tuple[int, lance.LanceDataset]:
+        """Commit the deletion of the rows for which `where` holds: how many, and the dataset."""
         dataset = self._own_handle()
         with writing(self.name):
-            dataset.delete(where)
-        return self._committed(dataset)
+            result = dataset.delete(where)
+        return int(result["num_deleted_rows"]), self._committed(dataset)
 
     def set_metadata(self, metadata: Mapping[str, str]) -> lance.LanceDataset:
         """Commit schema metadata beside what is there."""
@@ -373,7 +374,8 @@ class Storage:
                     old = latest.checkout_version(version)
                 except (OSError, ValueError, OverflowError) as error:
                     raise BadInputError(
-                        f"Table '{self.name}' has no version {version!r}: {first_line(error)}"
+                        f"Table '{self.name}' has no version {version!r}. It may have been cleaned "
+                        "up; list_versions() and tags.list() have those that there are."
                     ) from error
             with writing(self.name):
                 old = old.checkout_version(old.version)

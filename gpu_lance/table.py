@@ -124,17 +124,24 @@ class Table(Maintained):
         )
         return plan_table(reader, None, list(functions.values()))
 
-    def delete(self, where: str) -> DeleteResult:
+    def delete(self, where: str, parameters: Sequence[Any] | None = None) -> DeleteResult:
         """Delete the rows for which an SQL condition holds.
+
+        Parameters
+        ----------
+        where : str
+        parameters : sequence, optional
+            Values for the ``?`` of the condition, as in ``delete("owner = ?", [name])``. They stay
+            data, whatever they hold.
 
         Raises
         ------
         QueryError
             If Lance does not understand the condition.
         """
-        condition = sql.checked(where)
-        dataset = self._asked(lambda: self._storage.delete(condition))
-        return DeleteResult(int(dataset.version))
+        condition = sql.condition(where, parameters)
+        deleted, dataset = self._asked(lambda: self._storage.delete(condition))
+        return DeleteResult(int(dataset.version), deleted)
 
     def update(
         self,
@@ -142,6 +149,7 @@ class Table(Maintained):
         values: Mapping[str, Any] | None = None,
         *,
         values_sql: Mapping[str, str] | None = None,
+        parameters: Sequence[Any] | None = None,
     ) -> UpdateResult:
         """Give rows new values; where a source column changes, its vector is made again.
 
@@ -153,6 +161,8 @@ class Table(Maintained):
             Python values by column.
         values_sql : mapping of str to str, optional
             SQL expressions over the old row, by column.
+        parameters : sequence, optional
+            Values for the ``?`` of `where`, which stay data.
 
         Returns
         -------
@@ -182,7 +192,7 @@ class Table(Maintained):
         given, expressions = dict(values or {}), dict(values_sql or {})
         if not given and not expressions:
             raise BadInputError("update was given no column to change.")
-        condition = None if where is None else sql.checked(where)
+        condition = None if where is None else sql.condition(where, parameters)
         expressions = {name: sql.checked(text, "value") for name, text in expressions.items()}
         base = self._storage.writable()
         schema, functions = base.schema, self._configs(base.schema)
@@ -233,6 +243,7 @@ class Table(Maintained):
             counts["num_updated_rows"],
             counts["num_inserted_rows"],
             counts["num_deleted_rows"],
+            counts.get("num_attempts", 1),
         )
 
     # -------------------------------------------------------------- versions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -136,8 +136,18 @@ class TableReader:
 
     # --------------------------------------------------------------- reading
 
-    def count_rows(self, filter: str | None = None) -> int:  # noqa: A002
+    def count_rows(
+        self,
+        filter: str | None = None,  # noqa: A002
+        parameters: Sequence[Any] | None = None,
+    ) -> int:
         """The number of rows, or of those for which an SQL condition holds.
+
+        Parameters
+        ----------
+        filter : str, optional
+        parameters : sequence, optional
+            Values for the ``?`` of the condition, which stay data.
 
         Raises
         ------
@@ -146,7 +156,8 @@ class TableReader:
         """
         if filter is None:
             return int(self.dataset().count_rows())
-        return int(self._asked(lambda: self.dataset().count_rows(filter=sql.checked(filter))))
+        condition = sql.condition(filter, parameters)
+        return int(self._asked(lambda: self.dataset().count_rows(filter=condition)))
 
     def head(self, n: int = 5) -> pa.Table:
         """The first `n` rows; BadInputError unless `n` is a whole number from 0."""

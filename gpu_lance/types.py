@@ -107,9 +107,10 @@ class AddResult:
 
 @dataclass(frozen=True)
 class DeleteResult:
-    """What :meth:`Table.delete` did: the version that it made."""
+    """What :meth:`Table.delete` did: the version that it made, and how many rows it deleted."""
 
     version: int
+    num_deleted_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,14 @@ class ColumnsResult:
     """What adding, altering or dropping columns did: the version that it made."""
 
     version: int
+
+
+@dataclass(frozen=True)
+class ListTablesResponse:
+    """A page of table names; `page_token` asks for the next one, None where there is none."""
+
+    tables: list[str]
+    page_token: str | None = None
 
 
 @dataclass(frozen=True)

@@ -237,9 +237,12 @@ def test_a_source_column_that_is_gone(tmp_path: Path) -> None:
 def test_devices_that_are_not_there(tmp_path: Path) -> None:
     from gpu_lance.device import resolve_device
 
-    for name in ("tpu", "cuda:99", 5):
+    for name in ("tpu", "cuda:-1", 5):
+        with pytest.raises(DeviceError, match="cuda:<number>"):
+            gpu_lance.connect(tmp_path, device=name)
+    for name in ("cuda:99",):
         table = gpu_lance.connect(tmp_path, device=name).create_table("t", ROWS, mode="overwrite")
-        with pytest.raises(DeviceError, match="cuda:<number>|was asked for"):
+        with pytest.raises(DeviceError, match="was asked for"):
             table.search([1.0, 2.0]).to_list()
     try:
         resolve_device("cuda")

@@ -196,3 +196,21 @@ def test_dropping_a_table_deletes_nothing_through_a_link(tmp_path: Path) -> None
     db.drop_table("t")
     assert (tmp_path / "home" / "t").is_dir()
     assert db.table_names() == []
+
+
+def test_tables_are_listed_in_pages(tmp_path: Path) -> None:
+    db = connect(tmp_path, device="cpu")
+    for name in "cabd":
+        db.create_table(name, [{"n": 1}])
+    assert db.list_tables().tables == ["a", "b", "c", "d"]
+    seen, token = [], None
+    while True:
+        page = db.list_tables(page_token=token, limit=3)
+        seen.append(page.tables)
+        token = page.page_token
+        if token is None:
+            break
+    assert seen == [["a", "b", "c"], ["d"]]
+    assert db.list_tables([], None, 4).page_token is None
+    with pytest.raises(ValueError, match="namespace"):
+        db.list_tables(["x"])

@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import lancedb
+import lancedb.index
 import numpy as np
 import pyarrow as pa
 import pytest
 
+import gpu_lance
 from gpu_lance.db import connect
 from gpu_lance.embeddings import TextEmbeddingFunction, fingerprint, get_registry, register
 from gpu_lance.errors import BadInputError, QueryError, SchemaError, UnknownColumnError
 from gpu_lance.index import Flat
 from gpu_lance.pydantic import LanceModel, Vector
 from gpu_lance.table import Table
+from gpu_lance.types import Metric
 
 TEXTS = [f"{'a' * (i % 7)}{'b' * (i % 5)}" for i in range(60)]
 
@@ -237,3 +240,88 @@ def test_arguments_that_are_none(table: Table) -> None:
     with pytest.raises(BadInputError, match="already exists"):
         table.create_scalar_index("id", replace=False)
     table.create_scalar_index("id", replace=True)
+
+
+def test_indexes_of_lancedb_become_exact_ones(
+    table: Table, caplog: pytest.LogCaptureFixture
+) -> None:
+    table.create_index("vector", config=lancedb.index.IvfPq(distance_type="cosine"))
+    assert "IvfPq" in caplog.text
+    assert table.default_metric("vector") is Metric.COSINE
+    table.create_index(metric="dot", num_partitions=2, num_sub_vectors=1, num_bits=8)
+    assert table.default_metric("vector") is Metric.DOT
+    table.create_index("l2", vector_column_name="other", index_type="IVF_HNSW_SQ", m=8)
+    assert table.default_metric("other") is Metric.L2
+    assert nearest(table, [30.0, 1.0], "other") == [30, 29, 31, 28, 32]
+    with pytest.raises(QueryError, match="Full-text"):
+        table.create_index("text", config=lancedb.index.FTS())
+    with pytest.raises(QueryError, match="hamming"):
+        table.create_index("vector", config=lancedb.index.IvfPq(distance_type="hamming"))
+    with pytest.raises(TypeError, match="num_particles"):
+        table.create_index(num_particles=2)
+    for config in (7, lancedb.index, Metric.L2):
+        with pytest.raises(BadInputError, match="no kind of index"):
+            table.create_index("vector", config=config)
+    with pytest.raises(UnknownColumnError, match="'text' holds no vectors"):
+        table.create_index("text", config=Flat())
+
+
+@pytest.mark.parametrize("module", [gpu_lance.index, lancedb.index])
+def test_scalar_indexes_by_configuration(table: Table, module: Any) -> None:
+    table.create_index("id", config=module.BTree())
+    table.create_index("text", config=module.Bitmap(), name="by_text")
+    kinds = {index.name: index.index_type for index in table.to_lance().describe_indices()}
+    assert {name: kind.upper() for name, kind in kinds.items()} == {
+        "id_idx": "BTREE",
+        "by_text": "BITMAP",
+    }
+    table.create_index("id", index_type="BTree", replace=True)
+
+
+def test_double_quotes_name_columns_in_conditions(tmp_path: Path) -> None:
+    rows = [
+        {"id": i, "cat": "ab"[i % 2], "Camel Case": i, "s": {"x": i}, 'a"b': i, "n": [float(i)] * 2}
+        for i in range(10)
+    ]
+    ours = connect(tmp_path, device="cpu").create_table("t", pa.Table.from_pylist(rows))
+    theirs = lancedb.connect(str(tmp_path)).open_table("t")
+    conditions = {
+        "\"cat\" = 'a'": 5,
+        '"Camel Case" = 3': 1,
+        '"s"."x" = 2 OR s."x" = 4': 2,
+        '"cat" = "cat" -- "': 10,
+        '"cat" LIKE \'a%\' AND "id" > 2': 3,
+        "cat = '\"a\"'": 0,
+        "`cat` = 'a'": 5,
+    }
+    for condition, count in conditions.items():
+        assert theirs.count_rows(condition) == count
+        assert ours.count_rows(condition) == count, condition
+        assert len(ours.search().where(condition).to_list()) == count
+    assert ours.count_rows('"a""b" = 3') == 1
+    for table in (ours, theirs):
+        with pytest.raises(ValueError, match="No field named a"):
+            table.count_rows('cat = "a"')
+        selected = table.search([1.0, 1.0], "n").select({"u": '"cat"'}).limit(1).to_list()
+        assert selected[0]["u"] == "cat"  # a text, in LanceDB too
+    assert ours.update(where='"id" = 4', values={"cat": "z"}).rows_updated == 1
+    assert ours.delete("\"cat\" <> 'a'").num_deleted_rows == 6
+    assert sorted(row["id"] for row in ours.to_arrow().to_pylist()) == [0, 2, 6, 8]
+
+
+def test_parameters_of_every_condition(table: Table) -> None:
+    assert table.count_rows("text = ? OR id IN ?", ["aab", [1, 2]]) == 4
+    name = "x' OR 'x' = 'x"
+    assert table.count_rows("text = ?", [name]) == 0
+    assert table.delete("text = ?", [name]).num_deleted_rows == 0
+    assert table.update("text = ?", {"id": 0}, parameters=[name]).rows_updated == 0
+    assert table.delete("id < ?", [10]).num_deleted_rows == 10
+    assert table.update("id = ?", {"text": "bbb"}, parameters=[10]).rows_updated == 1
+    assert nearest(table, "bbb")[0] == 10
+    for call in (table.delete, table.count_rows):
+        with pytest.raises(QueryError, match="without a value"):
+            call("id = ?")
+        with pytest.raises(QueryError, match="1 parameters, and 2 values"):
+            call("id = ?", [1, 2])
+        with pytest.raises(QueryError, match="list"):
+            call("id = ?", "1")

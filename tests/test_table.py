@@ -504,11 +504,9 @@ def test_versions(table: Table) -> None:
         table.checkout(99)
 
 
-def test_indexes_that_are_not_there_are_refused(table: Table) -> None:
-    with pytest.raises(QueryError, match="approximate"):
-        table.create_index(metric="cosine", num_partitions=2)
+def test_columns_without_an_index(table: Table) -> None:
     with pytest.raises(QueryError, match="'nope'"):
-        table.create_index("nope")
+        table.create_index("nope", config=Flat())
     with pytest.raises(QueryError, match="'text'"):
         table.column_index("text")
 

@@ -41,4 +41,4 @@ __all__ = [
     "register",
 ]
 
-__getattr__, __dir__ = lazy(__name__, _EXPORTS)
+__getattr__, __dir__ = lazy(__name__, _EXPORTS, ["utils"])

@@ -13,7 +13,7 @@ from typing import Any
 
 from gpu_lance.embeddings.base import EmbeddingFunction, EmbeddingFunctionConfig
 from gpu_lance.embeddings.unavailable import UnavailableFunction
-from gpu_lance.errors import SchemaError
+from gpu_lance.errors import SchemaError, UnknownProviderError
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,12 @@ def _revive(
         return cls.create(**{key: arg for key, arg in entry["model"].items() if key not in ignored})
     except Exception as error:
         # a search by vector needs no function, so the table must still open
-        logger.warning(
+        if isinstance(error, UnknownProviderError):
+            error = UnknownProviderError(
+                f"Column {column!r} of the table is embedded by {name!r}, and no function of that "
+                f"name is registered here: import the module that defines it first. ({error})"
+            )
+        logger.info(
             "The embedding function %r of column %r is not available (%s).",
             name,
             column,

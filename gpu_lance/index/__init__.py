@@ -12,17 +12,29 @@ from gpu_lance.optional import lazy
 if TYPE_CHECKING:
     from gpu_lance.index.base import SearchResult, VectorIndex
     from gpu_lance.index.column import ColumnIndex
-    from gpu_lance.index.config import Flat
+    from gpu_lance.index.config import Bitmap, BTree, Flat, LabelList
     from gpu_lance.index.flat import FlatIndex
 
 _EXPORTS = {
+    "BTree": "config",
+    "Bitmap": "config",
     "ColumnIndex": "column",
     "Flat": "config",
     "FlatIndex": "flat",
+    "LabelList": "config",
     "SearchResult": "base",
     "VectorIndex": "base",
 }
 
-__all__ = ["ColumnIndex", "Flat", "FlatIndex", "SearchResult", "VectorIndex"]
+__all__ = [
+    "BTree",
+    "Bitmap",
+    "ColumnIndex",
+    "Flat",
+    "FlatIndex",
+    "LabelList",
+    "SearchResult",
+    "VectorIndex",
+]
 
 __getattr__, __dir__ = lazy(__name__, _EXPORTS)

@@ -9,6 +9,21 @@ from gpu_lance.types import Metric
 
 
 @dataclass
+class BTree:
+    """A scalar index for filters on a column of many different values."""
+
+
+@dataclass
+class Bitmap:
+    """A scalar index for filters on a column of few different values."""
+
+
+@dataclass
+class LabelList:
+    """A scalar index for filters on a column of lists, by their members."""
+
+
+@dataclass
 class Flat:
     """The exact index: every row is compared with the query, on the device.
 

@@ -12,7 +12,7 @@ from gpu_lance.errors import QueryError
 from gpu_lance.query import results
 from gpu_lance.query.settings import whole
 from gpu_lance.query.spec import ColumnOrdering, QuerySpec
-from gpu_lance.query.sql import bind, checked
+from gpu_lance.query.sql import condition
 
 if TYPE_CHECKING:
     import lance
@@ -102,18 +102,9 @@ class LanceQueryBuilder(ABC):
         if where is None:
             return self
         where = where.to_sql() if hasattr(where, "to_sql") else where
-        if parameters is not None:
-            if isinstance(parameters, (str, bytes)) or not isinstance(parameters, Sequence):
-                raise QueryError(
-                    "The parameters of a filter are a list, as in where('owner = ?', [name]), got "
-                    f"a {type(parameters).__name__}."
-                )
-            if not isinstance(where, str):
-                raise QueryError(f"A filter is SQL text, got a {type(where).__name__}.")
-            where = bind(where, parameters)
-        condition = checked(where)
+        made = condition(where, parameters)
         before = self._spec.where
-        return self._set(where=condition if before is None else f"{before} AND {condition}")
+        return self._set(where=made if before is None else f"{before} AND {made}")
 
     def with_row_id(self, with_row_id: bool = True) -> Self:
         """Set whether ``_rowid`` is returned."""

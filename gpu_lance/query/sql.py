@@ -2,7 +2,8 @@
 
 Lance stops reading a condition where it is complete: of ``id = 1) OR (id = 2`` it runs ``id = 1``
 and says nothing. So a condition is checked here and put in parentheses, which makes Lance read
-all of it.
+all of it. It takes ``"a"`` for a text, where SQL and LanceDB's conditions mean a column; it gets
+backticks here.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def checked(sql: Any, what: str = "filter") -> str:
     ----------
     sql : str
     what : str
-        What to call it in messages.
+        What to call it in messages. In a ``"filter"`` double quotes enclose names, as in LanceDB;
+        in other expressions they enclose texts, also as there.
 
     Raises
     ------
@@ -75,6 +77,8 @@ def checked(sql: Any, what: str = "filter") -> str:
     --------
     >>> checked("a = 1 -- one")
     '(a = 1)'
+    >>> checked('"my col" = 1')
+    '(`my col` = 1)'
     """
     if not isinstance(sql, str):
         raise QueryError(f"A {what} is SQL text, got a {type(sql).__name__}.")
@@ -83,6 +87,8 @@ def checked(sql: Any, what: str = "filter") -> str:
     for kind, text in tokens(sql):
         if kind == "comment":
             parts.append(" ")
+        elif kind == "string" and text[0] == '"' and what == "filter":
+            parts.append("`" + text[1:-1].replace('""', '"').replace("`", "``") + "`")
         else:
             parts.append(text)
         if kind == "other":
@@ -97,8 +103,8 @@ def checked(sql: Any, what: str = "filter") -> str:
                 raise QueryError(f"The {what} {sql!r} has a ';': it must be one expression.")
             if text in "?$":
                 raise QueryError(
-                    f"The {what} {sql!r} has a parameter {text!r} without a value: pass values as "
-                    "in where('owner = ?', ['Ann']), or quote the character."
+                    f"The {what} {sql!r} has a parameter {text!r} without a value: pass values "
+                    "beside it, as in where('owner = ?', ['Ann']), or quote the character."
                 )
         before = text
     if depth:
@@ -107,6 +113,29 @@ def checked(sql: Any, what: str = "filter") -> str:
     if not whole:
         raise QueryError(f"The {what} is empty.")
     return f"({whole})"
+
+
+def condition(where: Any, parameters: Sequence[Any] | None) -> str:
+    """A condition that a caller gave, with its parameters taken in, checked.
+
+    Raises
+    ------
+    QueryError, BadInputError
+        As :func:`checked` and :func:`bind`.
+
+    Examples
+    --------
+    >>> condition("owner = ?", ["Ann"])
+    "(owner = 'Ann')"
+    """
+    if parameters is None or not isinstance(where, str):
+        return checked(where)
+    if isinstance(parameters, str | bytes) or not isinstance(parameters, Sequence):
+        raise QueryError(
+            "The parameters of a filter are a list, as in where('owner = ?', [name]), got a "
+            f"{type(parameters).__name__}."
+        )
+    return checked(bind(where, parameters))
 
 
 def bind(sql: str, parameters: Sequence[Any]) -> str:

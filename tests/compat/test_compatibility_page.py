@@ -407,7 +407,7 @@ BETTER = {
     "code that a model brings": remote_code,
     "a search for a list of texts": list_of_texts,
     "a search for a torch tensor": tensors,
-    "values in `where`": parameters,
+    "values in conditions": parameters,
     '`where("id = 1) OR (id = 2")`': parentheses,
     "`update` of a source column": update,
     '`add(mode="overwrite")`': overwrite,
