@@ -280,10 +280,17 @@ def test_scalar_indexes_by_configuration(table: Table, module: Any) -> None:
 
 def test_double_quotes_name_columns_in_conditions(tmp_path: Path) -> None:
     rows = [
-        {"id": i, "cat": "ab"[i % 2], "Camel Case": i, "s": {"x": i}, 'a"b': i, "n": [float(i)] * 2}
+        {
+            "id": i,
+            "cat": "ab"[i % 2],
+            "Camel Case": i,
+            "s": {"x": i},
+            'a"b': i,
+            "vector": [float(i)] * 2,
+        }
         for i in range(10)
     ]
-    ours = connect(tmp_path, device="cpu").create_table("t", pa.Table.from_pylist(rows))
+    ours = connect(tmp_path, device="cpu").create_table("t", rows)
     theirs = lancedb.connect(str(tmp_path)).open_table("t")
     conditions = {
         "\"cat\" = 'a'": 5,
@@ -302,7 +309,7 @@ def test_double_quotes_name_columns_in_conditions(tmp_path: Path) -> None:
     for table in (ours, theirs):
         with pytest.raises(ValueError, match="No field named a"):
             table.count_rows('cat = "a"')
-        selected = table.search([1.0, 1.0], "n").select({"u": '"cat"'}).limit(1).to_list()
+        selected = table.search([1.0, 1.0]).select({"u": '"cat"'}).limit(1).to_list()
         assert selected[0]["u"] == "cat"  # a text, in LanceDB too
     assert ours.update(where='"id" = 4', values={"cat": "z"}).rows_updated == 1
     assert ours.delete("\"cat\" <> 'a'").num_deleted_rows == 6
