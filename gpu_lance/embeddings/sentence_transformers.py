@@ -204,7 +204,7 @@ class SentenceTransformerEmbeddings(  # type: ignore[misc]  # the names of argum
     def _load_arguments(self, device: torch.device | None) -> dict[str, Any]:
         dtype = None if device is None else str(parse_dtype(self.dtype, device))
         return {
-            "name": self.name,
+            "name": self._told(self._locate().model),
             "folder": str(self._locate().folder),
             "files": self._model_folder().stamp(),
             "trust_remote_code": self.trust_remote_code,
