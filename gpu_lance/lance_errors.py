@@ -8,11 +8,20 @@ from collections.abc import Iterator
 
 from lance.commit import CommitConflictError as LanceConflict
 
-from gpu_lance.errors import CommitConflictError, GpuLanceError, StorageError, TableExistsError
+from gpu_lance.errors import (
+    CommitConflictError,
+    GpuLanceError,
+    QueryError,
+    StorageError,
+    TableExistsError,
+)
 
 # pylance raises one and the same type for a bad question and for a bad file
 _DAMAGE = re.compile(
     r"^(External error: )?Not found: |LanceError\((IO|CorruptFile)\)|not appear to be a Lance file"
+)
+_QUESTION = re.compile(
+    r"Invalid user input|Query Execution error|LanceError\(Arrow\)|^Not supported: "
 )
 
 
@@ -44,6 +53,33 @@ def is_damage(error: BaseException) -> bool:
     return _DAMAGE.search(str(error)) is not None
 
 
+def is_question(error: BaseException) -> bool:
+    """Whether the message means that what was asked cannot be run, over files that are whole.
+
+    Examples
+    --------
+    >>> is_question(OSError("Query Execution error: Arrow error: Divide by zero error"))
+    True
+    >>> is_question(OSError("LanceError(IO): Permission denied"))
+    False
+    """
+    asked = isinstance(error, ValueError) or _QUESTION.search(str(error)) is not None
+    return asked and not is_damage(error)
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether Lance gave up inside; its own exception for that is no `Exception`.
+
+    Examples
+    --------
+    >>> is_panic(RuntimeError("Task was aborted")), is_panic(RuntimeError("no"))
+    (True, False)
+    """
+    if isinstance(error, RuntimeError):
+        return str(error) == "Task was aborted"
+    return type(error).__name__ == "PanicException"
+
+
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
     """Raise a file that is missing or damaged as a `StorageError`, and let others pass.
@@ -51,6 +87,8 @@ def reading() -> Iterator[None]:
     Raises
     ------
     StorageError
+    QueryError
+        If Lance panics, which it does at SQL that it can parse and not run, such as ``N'text'``.
 
     Examples
     --------
@@ -67,6 +105,13 @@ def reading() -> Iterator[None]:
         raise StorageError(
             f"The table's files cannot be read: {first_line(error)}. Restore the file from a copy, "
             "or check out a version that does not need it."
+        ) from error
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise QueryError(
+            f"Lance cannot run what was asked ({first_line(error)}). Say it in other SQL; texts "
+            "are written '...', without a letter before."
         ) from error
 
 

@@ -25,7 +25,7 @@ from gpu_lance.ingest.tables import check_names
 from gpu_lance.lance_errors import first_line
 from gpu_lance.query import sql
 from gpu_lance.table_reader import TableReader
-from gpu_lance.types import ColumnsResult
+from gpu_lance.types import ColumnsResult, Metric
 
 if TYPE_CHECKING:
     import lance
@@ -120,8 +120,7 @@ class Maintained(TableReader):
                 raise WrongTypeError(
                     f"A change is a dict with path and what to change, got {alteration!r}."
                 )
-            if not isinstance(alteration.get("rename", ""), str):
-                raise WrongTypeError(f"A column's new name is text, got {alteration['rename']!r}.")
+            _check_alteration(alteration)
             column = str(alteration.get("path")).strip("`")
             if "rename" in alteration and column in names:
                 names.remove(column)
@@ -232,7 +231,7 @@ class Maintained(TableReader):
         Parameters
         ----------
         column : str, optional
-            With `config`, the column; without it LanceDB's first argument, the metric.
+            The column. Without `config` it may be the metric, LanceDB's first argument of old.
         config : object
             ``Flat`` or one of LanceDB's vector indexes, for its ``distance_type``; ``BTree``,
             ``Bitmap`` or ``LabelList`` for a column to filter by. This package's and LanceDB's
@@ -273,6 +272,12 @@ class Maintained(TableReader):
         """
         if unknown := sorted(settings.keys() - VECTOR_SETTINGS):
             raise WrongTypeError(f"create_index has no argument {', '.join(unknown)}.")
+        schema = self.schema
+        if config is None and column in schema.names and column not in list(Metric):
+            if not pa.types.is_fixed_size_list(schema.field(column).type):
+                self.create_scalar_index(str(column), replace=replace, name=name)  # as LanceDB
+                return
+            vector_column_name, column = str(column), None
         kind = str(index_type) if config is None else type(config).__name__
         if kind in SCALAR_CONFIGS:
             self.create_scalar_index(
@@ -436,3 +441,17 @@ def _checked_age(older_than: timedelta | None) -> timedelta:
             f"The age is {older_than!r}; it must be a timedelta of 0 to {LONGEST.days} days."
         )
     return age
+
+
+def _check_alteration(alteration: Mapping[str, Any]) -> None:
+    kinds = {"path": str, "rename": str, "data_type": pa.DataType, "nullable": bool}
+    if unknown := sorted(map(str, alteration.keys() - kinds)):
+        raise BadInputError(
+            f"A change of a column has no {', '.join(map(repr, unknown))}; it may have "
+            f"{', '.join(kinds)}."
+        )
+    for key, value in alteration.items():
+        if not isinstance(value, kinds[key]):
+            raise WrongTypeError(
+                f"The {key} of a changed column is a {kinds[key].__name__}, got {value!r}."
+            )

@@ -13,7 +13,7 @@ from gpu_lance.embeddings import EmbeddingFunctionConfig, calls, fingerprint, ge
 from gpu_lance.errors import BadInputError, GpuLanceError, QueryError, UnknownColumnError
 from gpu_lance.index import metadata as index_metadata
 from gpu_lance.index.resident import ResidentIndexes
-from gpu_lance.lance_errors import first_line, reading
+from gpu_lance.lance_errors import first_line, is_question, reading
 from gpu_lance.query import sql
 from gpu_lance.storage import Storage
 from gpu_lance.types import Metric, Side
@@ -254,8 +254,7 @@ class TableReader:
             with reading():
                 return call()
         except (ValueError, OSError) as error:
-            invalid = isinstance(error, ValueError) or "Invalid user input" in str(error)
-            if isinstance(error, GpuLanceError) or not invalid:
+            if isinstance(error, GpuLanceError) or not is_question(error):
                 raise
             raise QueryError(f"The {what} cannot be run: {first_line(error)}") from error
 

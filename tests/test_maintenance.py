@@ -16,7 +16,13 @@ import pytest
 import gpu_lance
 from gpu_lance.db import connect
 from gpu_lance.embeddings import TextEmbeddingFunction, fingerprint, get_registry, register
-from gpu_lance.errors import BadInputError, QueryError, SchemaError, UnknownColumnError
+from gpu_lance.errors import (
+    BadInputError,
+    QueryError,
+    SchemaError,
+    UnknownColumnError,
+    WrongTypeError,
+)
 from gpu_lance.index import Flat
 from gpu_lance.pydantic import LanceModel, Vector
 from gpu_lance.table import Table
@@ -233,8 +239,11 @@ def test_arguments_that_are_none(table: Table) -> None:
         table.create_scalar_index(None)  # type: ignore[arg-type]
     with pytest.raises(BadInputError, match="id.x"):
         table.create_scalar_index("id.x")
-    with pytest.raises(TypeError, match="new name"):
-        table.alter_columns({"path": "id", "rename": 5})
+    for wrong in ({"rename": 5}, {"data_type": "int32"}, {"nullable": "no"}):
+        with pytest.raises(WrongTypeError, match=next(iter(wrong))):
+            table.alter_columns({"path": "id", **wrong})
+    with pytest.raises(BadInputError, match="no 'name'"):  # Lance's word, which is LanceDB's rename
+        table.alter_columns({"path": "id", "name": "a`b"})
     assert table.version == version
     table.create_scalar_index("id")
     with pytest.raises(BadInputError, match="already exists"):
@@ -253,6 +262,11 @@ def test_indexes_of_lancedb_become_exact_ones(
     table.create_index("l2", vector_column_name="other", index_type="IVF_HNSW_SQ", m=8)
     assert table.default_metric("other") is Metric.L2
     assert nearest(table, [30.0, 1.0], "other") == [30, 29, 31, 28, 32]
+    table.create_index("other", metric="cosine")
+    assert table.default_metric("other") is Metric.COSINE
+    assert table.default_metric("vector") is Metric.DOT
+    table.create_index("other")
+    assert table.default_metric("other") is Metric.L2
     with pytest.raises(QueryError, match="Full-text"):
         table.create_index("text", config=lancedb.index.FTS())
     with pytest.raises(QueryError, match="hamming"):
@@ -276,6 +290,7 @@ def test_scalar_indexes_by_configuration(table: Table, module: Any) -> None:
         "by_text": "BITMAP",
     }
     table.create_index("id", index_type="BTree", replace=True)
+    table.create_index("id")  # LanceDB finds a kind for the column too
 
 
 def test_double_quotes_name_columns_in_conditions(tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def ids(table: Table, where: str, *parameters: Any) -> list[int]:
         ("zoned = ?", [MOMENT.replace(tzinfo=UTC)], [1]),
         ("zoned = ?", [MOMENT.replace(tzinfo=UTC).astimezone()], [1]),
         ("big = ?", [2**64 - 1], [1]),
+        ("id > ?", [-(2**63)], [1, 2, 3]),
         ("id = ? /* ? */ AND name = ? -- ?", [1, "O'Neil"], [1]),
         ("id > ? AND id < ?", [1, 3], [2]),
     ],
@@ -198,7 +199,19 @@ def test_lance_would_have_read_half_of_it(table: Table) -> None:
 
 @pytest.mark.parametrize(
     "where",
-    ["nope = 1", "id = ", "id = 1 AND", "id BETWEEN 1", "lower(id", "nope(id) = 1", "id + 1"],
+    [
+        "nope = 1",
+        "id = ",
+        "id = 1 AND",
+        "id BETWEEN 1",
+        "lower(id",
+        "nope(id) = 1",
+        "id + 1",
+        "name > id",  # no number
+        "id / 0 = 1",
+        "sum(id) > 1",
+        "N'a' = name",  # Lance panics
+    ],
 )
 def test_what_lance_refuses_is_a_query_error_everywhere(table: Table, where: str) -> None:
     for call in (

@@ -74,14 +74,14 @@ def rewritten(
     }
     columns.update({before[name]: quoted(name) for name in before})
     try:
-        scanner = base.scanner(
-            columns=columns,
-            filter=where,
-            with_row_id=True,
-            with_row_address=True,
-            batch_size=MAX_ROWS,
-        )
         with reading():
+            scanner = base.scanner(
+                columns=columns,
+                filter=where,
+                with_row_id=True,
+                with_row_address=True,
+                batch_size=MAX_ROWS,
+            )
             batches = iter(scanner.to_batches())
         while True:
             with reading():

@@ -241,6 +241,8 @@ def literal(value: Any) -> str:
     if isinstance(value, int):
         if value not in _INT_RANGE:
             raise QueryError(f"The parameter {value} is beyond 64 bits.")
+        if value == _INT_RANGE.start:
+            return f"CAST('{value}' AS BIGINT)"  # Lance negates 2**63, which is a float
         return f"({value})" if value < 0 else str(value)  # x -? must not become a comment
     if isinstance(value, float):
         return _float(value)
