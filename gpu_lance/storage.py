@@ -29,6 +29,34 @@ FORMAT: Final = "2.2"  # LanceDB appends to a newer one and cannot read it back
 REMOTE_INTERVAL = timedelta(seconds=5)
 
 
+_lance = {"used": False, "lost": False}
+
+
+def _after_fork() -> None:
+    _lance["lost"] = _lance["lost"] or _lance["used"]
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def check_fork() -> None:
+    """Refuse to write rows in a process that was forked from one that had a table open.
+
+    Lance's threads do not come along, and its writer then often ends the process.
+
+    Raises
+    ------
+    StorageError
+    """
+    if _lance["lost"]:
+        raise StorageError(
+            "This process was forked from one that had opened a table already, and Lance cannot "
+            "write rows there. Start processes by 'spawn' (multiprocessing.get_context('spawn')), "
+            "or fork before the first table is opened."
+        )
+
+
 def is_remote(uri: str) -> bool:
     """Whether `uri` names an object store rather than a folder or memory.
 
@@ -107,6 +135,7 @@ class Storage:
         read_consistency_interval: timedelta | None = None,
         handle: lance.LanceDataset | None = None,
     ) -> None:
+        _lance["used"] = True
         self.uri = uri
         self.name = name
         self.storage_options = dict(storage_options or {}) or None
@@ -391,6 +420,7 @@ class Storage:
         change : callable
             Given a dataset that nobody else holds, e.g. ``lambda ds: ds.drop_columns(["a"])``.
         """
+        check_fork()
         dataset = self._own_handle()
         with writing(self.name):
             result = change(dataset)
@@ -430,6 +460,7 @@ def _write(
 @contextlib.contextmanager
 def _errors_of(data: Iterator[pa.RecordBatch]) -> Iterator[Iterator[pa.RecordBatch]]:
     """The same stream; an exception that it raises comes out as itself, not as Lance's words."""
+    check_fork()
     raised: list[BaseException] = []
 
     def guarded() -> Iterator[pa.RecordBatch]:
