@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -231,10 +232,14 @@ def redact(text: str, secrets: Mapping[str, str]) -> str:
     --------
     >>> redact("bad key sk-12345", {"sk-12345": "$var:key"})
     'bad key $var:key'
+    >>> redact(f"bad key {'sk-1234' + chr(10)!r}", {"sk-1234" + chr(10): "$var:key"})
+    "bad key '$var:key'"
     """
     for secret in sorted(secrets, key=len, reverse=True):
         if len(secret) >= _SHORTEST_SECRET:
-            text = text.replace(secret, secrets[secret])
+            # messages also quote values, with escapes
+            for form in (secret, repr(secret)[1:-1], json.dumps(secret)[1:-1]):
+                text = text.replace(form, secrets[secret])
     return text
 
 
