@@ -331,6 +331,11 @@ class Maintained(TableReader):
         name : str, optional
             ``<column>_idx`` if not given.
 
+        Notes
+        -----
+        LanceDB 0.40, whose Lance is older, does not keep a B-tree of ours right when it updates or
+        optimizes the table: where it writes too, take ``BITMAP``, or make the index again.
+
         Raises
         ------
         UnknownColumnError
@@ -361,6 +366,15 @@ class Maintained(TableReader):
             raise BadInputError(
                 f"Column {column!r} cannot be indexed: {first_line(error)}."
             ) from error
+        if kind == "BTREE" and any(_is_new_btree(index) for index in self._lance_indexes()):
+            logger.warning(
+                "Table %r has a B-tree that LanceDB 0.40 does not keep right: if LanceDB updates "
+                "or optimizes the table, make the index again, or use index_type='BITMAP'.",
+                self.name,
+            )
+
+    def _lance_indexes(self) -> list[Any]:
+        return list(self._storage.latest().describe_indices())
 
     def drop_index(self, name: str) -> None:
         """Remove one of Lance's indexes by its name.
@@ -421,6 +435,9 @@ class Maintained(TableReader):
     ) -> None:
         """Compact files, bring scalar indexes up to date, and clean up old versions.
 
+        B-trees that LanceDB made stay as they are, since it could not keep them right afterwards;
+        rows that they lack are found by a scan.
+
         Parameters
         ----------
         cleanup_older_than : timedelta, optional
@@ -430,8 +447,19 @@ class Maintained(TableReader):
         """
         _checked_age(cleanup_older_than)
         self.compact_files()
-        self._storage.run(lambda ds: ds.optimize.optimize_indices())
+        names = [
+            index.name
+            for index in self._lance_indexes()
+            if index.index_type != "BTree" or _is_new_btree(index)
+        ]
+        if names:
+            self._storage.run(lambda ds: ds.optimize.optimize_indices(index_names=names))
         self.cleanup_old_versions(cleanup_older_than, delete_unverified=delete_unverified)
+
+
+def _is_new_btree(index: Any) -> bool:
+    """Whether it is a B-tree in a form that LanceDB 0.40 does not know."""
+    return index.index_type == "BTree" and any(part.index_version > 0 for part in index.segments)
 
 
 def _checked_age(older_than: timedelta | None) -> timedelta:

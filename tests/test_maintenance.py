@@ -347,3 +347,22 @@ def test_parameters_of_every_condition(table: Table) -> None:
             call("id = ?", [1, 2])
         with pytest.raises(QueryError, match="list"):
             call("id = ?", "1")
+
+
+def test_b_trees_of_lancedb_stay_as_they_are(
+    table: Table, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = lancedb.connect(str(Path(table.uri).parent)).open_table("t")
+    theirs.create_index("id", config=lancedb.index.BTree())
+    table.add([{"id": 60 + i, "text": "a", "other": [0.0, 0.0]} for i in range(10)])
+    table.optimize()
+    (index,) = table.to_lance().describe_indices()
+    assert [part.index_version for part in index.segments] == [0]
+    assert table.count_rows("id >= 43") == 27
+    theirs.checkout_latest()
+    theirs.update(where="id = 50", values={"text": "b"})
+    theirs.optimize()
+    assert table.count_rows("id >= 43") == theirs.count_rows("id >= 43") == 27
+    assert "B-tree" not in caplog.text
+    table.create_scalar_index("id")
+    assert "BITMAP" in caplog.text
