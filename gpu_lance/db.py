@@ -158,8 +158,7 @@ class LanceDBConnection:
 
     def table_names(self, page_token: str | None = None, limit: int | None = None) -> list[str]:
         """The tables' names, sorted: those after `page_token`, at most `limit`."""
-        if limit is not None and limit < 0:
-            raise BadInputError(f"limit is {limit}; it must not be negative.")
+        _check_limit(limit)
         with self._lock:
             names = sorted(self._memory) if self._in_memory else self._catalog.names()
         if page_token:
@@ -193,6 +192,7 @@ class LanceDBConnection:
         """
         if namespace_path:
             raise BadInputError(f"There is no namespace {list(namespace_path)!r}: tables are flat.")
+        _check_limit(limit)
         names = self.table_names(page_token, None if limit is None else limit + 1)
         more = limit is not None and limit > 0 and len(names) > limit
         return ListTablesResponse(names[:limit], names[limit - 1] if more and limit else None)
@@ -400,6 +400,11 @@ class LanceDBConnection:
 
     def _memory_uri(self) -> str:
         return MEMORY
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and (not isinstance(limit, int) or limit < 0):
+        raise BadInputError(f"limit is {limit!r}; it must be a whole number from 0.")
 
 
 DBConnection: TypeAlias = LanceDBConnection  # LanceDB's name for any connection

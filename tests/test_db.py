@@ -214,3 +214,7 @@ def test_tables_are_listed_in_pages(tmp_path: Path) -> None:
     assert db.list_tables([], None, 4).page_token is None
     with pytest.raises(ValueError, match="namespace"):
         db.list_tables(["x"])
+    for limit in (-1, "a", 1.5):
+        for call in (db.list_tables, db.table_names):
+            with pytest.raises(ValueError, match="limit"):
+                call(limit=limit)
