@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpu_lance.errors import BadInputError, DeviceError
+from gpu_lance.forks import ForkGuard
 from gpu_lance.optional import require
 
 if TYPE_CHECKING:
@@ -34,15 +35,7 @@ CUDA_REMEDY = (
 )
 
 
-_threads = {"started": False, "lost": False}
-
-
-def _after_fork() -> None:
-    _threads["lost"] = _threads["lost"] or _threads["started"]
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_after_fork)
+_threads = ForkGuard()
 
 
 def check_threads() -> None:
@@ -54,13 +47,13 @@ def check_threads() -> None:
     ------
     DeviceError
     """
-    if _threads["lost"]:
+    if _threads.lost:
         raise DeviceError(
             "This process was forked from one that had embedded or searched already, and the "
             "threads of torch and FAISS do not survive that. Start processes by 'spawn' "
             "(multiprocessing.get_context('spawn')), or fork before the first search."
         )
-    _threads["started"] = True
+    _threads.use()
 
 
 def resolve_device(device: str | torch.device | None = "auto") -> torch.device:
@@ -89,7 +82,7 @@ def resolve_device(device: str | torch.device | None = "auto") -> torch.device:
     device(type='cpu')
     """
     torch = require("torch", extra="cpu|cuda13|cuda12")
-    name = "auto" if device is None else str(device).strip().lower()
+    name = _plain(device)
     asked, origin = f"device={device!r} was asked for", ""
     if name == "auto" and (variable := os.environ.get("GPU_LANCE_DEVICE", "").strip()):
         name, origin = variable.lower(), " in GPU_LANCE_DEVICE"
@@ -105,7 +98,7 @@ def resolve_device(device: str | torch.device | None = "auto") -> torch.device:
                 f"{asked}, but torch sees no MPS device. Pass device='auto' or device='cpu'."
             )
         return torch.device("mps")
-    if reason := _why_no_cuda():
+    if reason := why_no_cuda():
         raise DeviceError(f"{asked}, but {reason}. {CUDA_REMEDY}")
     index = torch.cuda.current_device() if number is None else int(number)
     count = torch.cuda.device_count()
@@ -129,9 +122,13 @@ def check_device_name(device: str | torch.device | None) -> None:
     Traceback (most recent call last):
     gpu_lance.errors.DeviceError: Unknown device 'tpu'; use 'auto', 'cpu', 'cuda', ...
     """
-    name = "auto" if device is None else str(device).strip().lower()
+    name = _plain(device)
     if name != "auto":
         _parts(name, "")
+
+
+def _plain(device: str | torch.device | None) -> str:
+    return "auto" if device is None else str(device).strip().lower()
 
 
 def _parts(name: str, origin: str) -> tuple[str, str | None]:
@@ -149,7 +146,7 @@ def _parts(name: str, origin: str) -> tuple[str, str | None]:
 @functools.cache
 def _automatic_device() -> torch.device:
     torch = require("torch", extra="cpu|cuda13|cuda12")
-    reason = _why_no_cuda()
+    reason = why_no_cuda()
     if reason is None:
         chosen = torch.device("cuda", torch.cuda.current_device())
         logger.info("device: %s (%s)", chosen, torch.cuda.get_device_name(chosen))
@@ -163,7 +160,7 @@ def _automatic_device() -> torch.device:
 
 
 @functools.cache
-def _why_no_cuda() -> str | None:
+def why_no_cuda() -> str | None:
     """None if a CUDA device computes; else the reason, as half a sentence."""
     torch = require("torch", extra="cpu|cuda13|cuda12")
     if torch.version.cuda is None:

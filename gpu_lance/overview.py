@@ -91,7 +91,7 @@ def _device(wanted: str) -> dict[str, Any]:
     if used.type == "cuda":
         reason = require("torch", extra="cuda13|cuda12").cuda.get_device_name(used)
     elif wanted == "auto":
-        reason = devices._why_no_cuda()  # None if the environment asked for it
+        reason = devices.why_no_cuda()  # None if the environment asked for it
     else:
         reason = None
     reason = reason or "as asked for"

@@ -21,6 +21,7 @@ from gpu_lance.errors import (
     StorageError,
     TableNotFoundError,
 )
+from gpu_lance.forks import ForkGuard
 from gpu_lance.lance_errors import first_line, writing
 
 T = TypeVar("T")
@@ -29,15 +30,7 @@ FORMAT: Final = "2.2"  # LanceDB appends to a newer one and cannot read it back
 REMOTE_INTERVAL = timedelta(seconds=5)
 
 
-_lance = {"used": False, "lost": False}
-
-
-def _after_fork() -> None:
-    _lance["lost"] = _lance["lost"] or _lance["used"]
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_after_fork)
+_lance = ForkGuard()
 
 
 def check_fork() -> None:
@@ -49,7 +42,7 @@ def check_fork() -> None:
     ------
     StorageError
     """
-    if _lance["lost"]:
+    if _lance.lost:
         raise StorageError(
             "This process was forked from one that had opened a table already, and Lance cannot "
             "write rows there. Start processes by 'spawn' (multiprocessing.get_context('spawn')), "
@@ -135,7 +128,7 @@ class Storage:
         read_consistency_interval: timedelta | None = None,
         handle: lance.LanceDataset | None = None,
     ) -> None:
-        _lance["used"] = True
+        _lance.use()
         self.uri = uri
         self.name = name
         self.storage_options = dict(storage_options or {}) or None

@@ -35,7 +35,7 @@ WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machin
 
 def forget() -> None:
     devices._automatic_device.cache_clear()
-    devices._why_no_cuda.cache_clear()
+    devices.why_no_cuda.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ class TestResolve:
             assert resolve_device(given) == CPU
             assert resolve_device(given) == CPU
         (record,) = caplog.records
-        assert record.getMessage() == f"device: cpu, since {devices._why_no_cuda()}"
+        assert record.getMessage() == f"device: cpu, since {devices.why_no_cuda()}"
 
     @WITHOUT_CUDA
     @pytest.mark.parametrize("given", ["cuda", "gpu", "GPU", "cuda:0", "gpu:1"])

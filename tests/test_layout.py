@@ -22,7 +22,7 @@ PACKAGE = "gpu_lance"
 # of one folder, or files of one level that stand in gpu_lance/ itself: embeddings and index, two
 # folders of one level, never know each other.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "optional", "types"),
+    ("errors", "optional", "types", "forks"),
     ("device", "lance_errors", "storage", "catalog"),
     ("kernels",),
     ("media",),
