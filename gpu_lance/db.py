@@ -193,9 +193,10 @@ class LanceDBConnection:
         if namespace_path:
             raise BadInputError(f"There is no namespace {list(namespace_path)!r}: tables are flat.")
         _check_limit(limit)
-        names = self.table_names(page_token, None if limit is None else limit + 1)
-        more = limit is not None and limit > 0 and len(names) > limit
-        return ListTablesResponse(names[:limit], names[limit - 1] if more and limit else None)
+        if not limit:
+            return ListTablesResponse(self.table_names(page_token, limit))
+        names = self.table_names(page_token, limit + 1)
+        return ListTablesResponse(names[:limit], names[limit - 1] if len(names) > limit else None)
 
     def __len__(self) -> int:
         return len(self.table_names())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from lance.commit import CommitConflictError as LanceConflict
 
@@ -15,6 +16,8 @@ from gpu_lance.errors import (
     StorageError,
     TableExistsError,
 )
+
+T = TypeVar("T")
 
 # pylance raises one and the same type for a bad question and for a bad file
 _DAMAGE = re.compile(
@@ -115,6 +118,59 @@ def reading() -> Iterator[None]:
         ) from error
 
 
+def batches_of(scan: Callable[[], Iterable[T]]) -> Iterator[T]:
+    """What a scan gives, batch by batch, each read under :func:`reading`.
+
+    Parameters
+    ----------
+    scan : callable
+        Begins the scan.
+
+    Examples
+    --------
+    >>> list(batches_of(lambda: [1, 2]))
+    [1, 2]
+    """
+    with reading():
+        batches = iter(scan())
+    while True:
+        with reading():
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+        yield batch
+
+
+@contextlib.contextmanager
+def asking(what: str) -> Iterator[None]:
+    """Raise what Lance does not understand of a caller's SQL as a `QueryError`.
+
+    Parameters
+    ----------
+    what : str
+        What was asked, for the message, e.g. ``"filter"``.
+
+    Raises
+    ------
+    QueryError, StorageError
+
+    Examples
+    --------
+    >>> with asking("filter"):
+    ...     raise ValueError("No field named x.")
+    Traceback (most recent call last):
+    gpu_lance.errors.QueryError: The filter cannot be run: No field named x
+    """
+    try:
+        with reading():
+            yield
+    except (ValueError, OSError) as error:
+        if isinstance(error, GpuLanceError) or not is_question(error):
+            raise
+        raise QueryError(f"The {what} cannot be run: {first_line(error)}") from error
+
+
 @contextlib.contextmanager
 def writing(name: str) -> Iterator[None]:
     """Raise what Lance says about a write to the table `name` as our exceptions.
@@ -129,19 +185,15 @@ def writing(name: str) -> Iterator[None]:
         text = str(error)
         if isinstance(error, GpuLanceError):
             raise
-        if isinstance(error, LanceConflict):
-            raise CommitConflictError(
-                f"Table '{name}': another writer changed the same rows, and nothing was written "
-                f"({first_line(error)}). Try again."
-            ) from error
-        if is_damage(error):
+        conflict = isinstance(error, LanceConflict)
+        if not conflict and is_damage(error):
             raise StorageError(
                 f"Table '{name}' cannot be written: {first_line(error)}. Nothing was changed; "
                 "look at the folder's permissions, the space that is left, and the table's files."
             ) from error
-        if "Invalid user input" in text:
+        if not conflict and "Invalid user input" in text:
             raise
-        if "conflict" in text.lower():
+        if conflict or "conflict" in text.lower():
             raise CommitConflictError(
                 f"Table '{name}': another writer changed the same rows, and nothing was written "
                 f"({first_line(error)}). Try again."

@@ -22,7 +22,7 @@ from gpu_lance.errors import (
 from gpu_lance.index import metadata as index_metadata
 from gpu_lance.index.config import Flat
 from gpu_lance.ingest.tables import check_names
-from gpu_lance.lance_errors import first_line
+from gpu_lance.lance_errors import asking, first_line
 from gpu_lance.query import sql
 from gpu_lance.table_reader import TableReader
 from gpu_lance.types import ColumnsResult, Metric
@@ -92,7 +92,8 @@ class Maintained(TableReader):
         if not names:
             return ColumnsResult(self.version)
         self._check_new(names, self._storage.writable().schema.names)
-        self._asked(lambda: self._storage.run(lambda ds: ds.add_columns(added)), "new column")
+        with asking("new column"):
+            self._storage.run(lambda ds: ds.add_columns(added))
         return ColumnsResult(self.version)
 
     def alter_columns(self, *alterations: Mapping[str, Any]) -> ColumnsResult:
@@ -137,7 +138,8 @@ class Maintained(TableReader):
             {"name" if key == "rename" else key: value for key, value in alteration.items()}
             for alteration in alterations
         ]
-        self._asked(lambda: self._storage.run(lambda ds: ds.alter_columns(*changes)), "change")
+        with asking("change"):
+            self._storage.run(lambda ds: ds.alter_columns(*changes))
         if indexes != index_metadata.read(schema.metadata):
             self._storage.set_metadata(index_metadata.written(indexes))
         return ColumnsResult(self.version)
@@ -167,7 +169,8 @@ class Maintained(TableReader):
                     raise SchemaError(
                         f"Column {name!r} is the source of {vector!r}; drop that column too."
                     )
-        self._asked(lambda: self._storage.run(lambda ds: ds.drop_columns(names)), "change")
+        with asking("change"):
+            self._storage.run(lambda ds: ds.drop_columns(names))
         self._forget(schema, names)
         return ColumnsResult(self.version)
 
@@ -204,7 +207,7 @@ class Maintained(TableReader):
             kept_indexes = {name: value for name, value in indexes.items() if name not in names}
             changed.update(index_metadata.written(kept_indexes))
         if changed:
-            self._storage.run(lambda ds: ds.update_schema_metadata(changed))
+            self._storage.set_metadata(changed)
 
     # --------------------------------------------------------------- indexes
 
@@ -384,7 +387,7 @@ class Maintained(TableReader):
         BadInputError
             If there is none of that name.
         """
-        names = [index.name for index in self.dataset().describe_indices()]
+        names = [index.name for index in self._lance_indexes()]
         if name not in names:
             raise BadInputError(
                 f"Table '{self.name}' has no index {name!r}; it has {', '.join(names) or 'none'}."

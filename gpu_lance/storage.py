@@ -373,12 +373,12 @@ class Storage:
             result = dataset.delete(where)
         return int(result["num_deleted_rows"]), self._committed(dataset)
 
-    def set_metadata(self, metadata: Mapping[str, str]) -> lance.LanceDataset:
-        """Commit schema metadata beside what is there."""
+    def set_metadata(self, metadata: Mapping[str, str | None]) -> None:
+        """Commit schema metadata beside what is there; None takes a key away."""
         dataset = self._own_handle()
         with writing(self.name):
             dataset.update_schema_metadata(dict(metadata))
-        return self._committed(dataset)
+        self._committed(dataset)
 
     def restore(self, version: int | str | None) -> lance.LanceDataset:
         """Commit the rows of an older version, or of the one checked out, as the newest one."""

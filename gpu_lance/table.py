@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -19,6 +19,7 @@ from gpu_lance.ingest.progress import progress_callback
 from gpu_lance.ingest.read import Source, read
 from gpu_lance.ingest.rewrite import rewritten, touched
 from gpu_lance.ingest.tables import Planned, plan_table
+from gpu_lance.lance_errors import asking
 from gpu_lance.maintenance import Maintained
 from gpu_lance.merge import LanceMergeInsertBuilder, MergeResult, merged_source
 from gpu_lance.query import sql
@@ -140,7 +141,8 @@ class Table(Maintained):
             If Lance does not understand the condition.
         """
         condition = sql.condition(where, parameters)
-        deleted, dataset = self._asked(lambda: self._storage.delete(condition))
+        with asking("filter"):
+            deleted, dataset = self._storage.delete(condition)
         return DeleteResult(int(dataset.version), deleted)
 
     def update(
@@ -231,12 +233,12 @@ class Table(Maintained):
             if name in schema.names and config.source_column in schema.names
         }
         run = Pipeline(schema, self._columns(base, schema, functions), policy, self._indexes)
-        dataset, counts = run.write(
-            source,
-            lambda batches: self._asked(
-                lambda: self._storage.merge(on, batches, schema, apply), "merge"
-            ),
-        )
+
+        def write(batches: Iterator[pa.RecordBatch]) -> tuple[lance.LanceDataset, dict[str, int]]:
+            with asking("merge"):
+                return self._storage.merge(on, batches, schema, apply)
+
+        dataset, counts = run.write(source, write)
         self.last_report = run.report
         return MergeResult(
             int(dataset.version),

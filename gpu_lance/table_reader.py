@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from gpu_lance.embeddings import EmbeddingFunctionConfig, calls, fingerprint, get_registry
-from gpu_lance.errors import BadInputError, GpuLanceError, QueryError, UnknownColumnError
+from gpu_lance.errors import BadInputError, QueryError, UnknownColumnError
 from gpu_lance.index import metadata as index_metadata
 from gpu_lance.index.resident import ResidentIndexes
-from gpu_lance.lance_errors import first_line, is_question, reading
+from gpu_lance.lance_errors import asking, reading
 from gpu_lance.query import sql
 from gpu_lance.storage import Storage
 from gpu_lance.types import Metric, Side
@@ -157,7 +157,8 @@ class TableReader:
         if filter is None:
             return int(self.dataset().count_rows())
         condition = sql.condition(filter, parameters)
-        return int(self._asked(lambda: self.dataset().count_rows(filter=condition)))
+        with asking("filter"):
+            return int(self.dataset().count_rows(filter=condition))
 
     def head(self, n: int = 5) -> pa.Table:
         """The first `n` rows; BadInputError unless `n` is a whole number from 0."""
@@ -247,16 +248,6 @@ class TableReader:
         return made.vectors
 
     # --------------------------------------------------------------- helpers
-
-    def _asked(self, call: Callable[[], Any], what: str = "filter") -> Any:
-        """Run `call`; what Lance does not understand of the caller's SQL is a QueryError."""
-        try:
-            with reading():
-                return call()
-        except (ValueError, OSError) as error:
-            if isinstance(error, GpuLanceError) or not is_question(error):
-                raise
-            raise QueryError(f"The {what} cannot be run: {first_line(error)}") from error
 
     def _configs(self, schema: pa.Schema) -> dict[str, EmbeddingFunctionConfig]:
         key = functions_key(schema)

@@ -33,15 +33,10 @@ def read(metadata: Mapping[bytes, bytes] | None) -> dict[str, dict[str, str]]:
     return {str(column): value for column, value in found.items() if isinstance(value, dict)}
 
 
-def updated(
-    metadata: Mapping[bytes, bytes] | None, column: str, config: Flat | None
-) -> dict[str, str]:
-    """The metadata entry with another configuration for a column; None takes it away."""
-    configs = read(metadata)
-    configs.pop(column, None)
-    if config is not None:
-        configs[column] = {"type": "FLAT", "distance_type": str(config.metric)}
-    return written(configs)
+def updated(metadata: Mapping[bytes, bytes] | None, column: str, config: Flat) -> dict[str, str]:
+    """The metadata entry with another configuration for a column."""
+    entry = {"type": "FLAT", "distance_type": str(config.metric)}
+    return written({**read(metadata), column: entry})
 
 
 def written(configs: Mapping[str, Any]) -> dict[str, str]:

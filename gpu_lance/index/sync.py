@@ -7,6 +7,7 @@ the reason, and the index is read anew.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from gpu_lance.errors import QueryError, SchemaError
-from gpu_lance.lance_errors import first_line, reading
+from gpu_lance.lance_errors import batches_of, first_line, reading
 
 READ_ROWS = 8192
 
@@ -202,18 +203,13 @@ def read_vectors(
             "floats."
         )
     newer = None if since is None else f"_row_last_updated_at_version > {since}"
-    with reading():
-        batches = dataset.scanner(
-            columns=[column], filter=newer, with_row_id=True, batch_size=READ_ROWS
-        ).to_batches()
+    scan = functools.partial(
+        dataset.to_batches, columns=[column], filter=newer, with_row_id=True, batch_size=READ_ROWS
+    )
     room = max(1, min(block_bytes // (4 * ndims), max(dataset.count_rows(), 1)))
     vectors = np.empty((room, ndims), np.float32)
     row_ids, valid, used = np.empty(room, np.int64), np.empty(room, bool), 0
-    while True:
-        with reading():
-            whole = next(batches, None)
-        if whole is None:
-            break
+    for whole in batches_of(scan):
         while whole.num_rows:
             batch = whole.slice(0, room - used)
             whole = whole.slice(batch.num_rows)

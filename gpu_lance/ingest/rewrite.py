@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from gpu_lance.ingest.embed import VectorColumn
 from gpu_lance.ingest.lists import valid_rows
 from gpu_lance.ingest.read import MAX_ROWS
 from gpu_lance.ingest.rows import column_to_arrow
-from gpu_lance.lance_errors import first_line, reading
+from gpu_lance.lance_errors import batches_of, first_line
 from gpu_lance.storage import ChangedRows
 from gpu_lance.types import free_name
 
@@ -74,20 +75,15 @@ def rewritten(
     }
     columns.update({before[name]: quoted(name) for name in before})
     try:
-        with reading():
-            scanner = base.scanner(
-                columns=columns,
-                filter=where,
-                with_row_id=True,
-                with_row_address=True,
-                batch_size=MAX_ROWS,
-            )
-            batches = iter(scanner.to_batches())
-        while True:
-            with reading():
-                batch = next(batches, None)
-            if batch is None:
-                return
+        scan = functools.partial(
+            base.to_batches,
+            columns=columns,
+            filter=where,
+            with_row_id=True,
+            with_row_address=True,
+            batch_size=MAX_ROWS,
+        )
+        for batch in batches_of(scan):
             if batch.num_rows:
                 yield _changed(batch, schema, values, follow, before, changed)
     except GpuLanceError:

@@ -317,7 +317,7 @@ def scan(
         While reading, if the deadline passes.
     """
     scanner = scanner_of(dataset, spec, batch_size)
-    schema = scan_schema(dataset, spec)
+    schema = scan_schema(dataset, spec, scanner)
     names = dataset.schema.names
     with refused("query", names):
         reader = scanner.to_reader()
@@ -335,15 +335,19 @@ def scan(
     return pa.RecordBatchReader.from_batches(schema, batches())
 
 
-def scan_schema(dataset: lance.LanceDataset, spec: QuerySpec) -> pa.Schema:
+def scan_schema(
+    dataset: lance.LanceDataset, spec: QuerySpec, scanner: lance.LanceScanner | None = None
+) -> pa.Schema:
     """The schema of a scan's result: without the row id, if only the ordering needed it.
+
+    `scanner` is that of the scan, where there is one already.
 
     Raises
     ------
     QueryError
         If what was asked for does not fit the table.
     """
-    scanner = scanner_of(dataset, spec)
+    scanner = scanner or scanner_of(dataset, spec)
     with refused("query", dataset.schema.names):
         schema = scanner.projected_schema
     if spec.row_id or not spec.order_by or (spec.columns and ROW_ID in spec.columns):
