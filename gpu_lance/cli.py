@@ -233,11 +233,11 @@ def search(
 
 
 def _columns(table: Any, select: list[str] | None) -> list[str]:
-    from gpu_lance.overview import holds_vectors
+    from gpu_lance.ingest.lists import is_vector_type
 
     if select:
         return [name for name in dict.fromkeys(select) if name != "_distance"]
-    return [field.name for field in table.schema if not holds_vectors(field.type)]
+    return [field.name for field in table.schema if not is_vector_type(field.type)]
 
 
 def _vector(text: str) -> list[float]:

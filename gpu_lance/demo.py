@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpu_lance.errors import BadInputError
 from gpu_lance.topics import Passage, passages
+from gpu_lance.types import lone_surrogate
 
 if TYPE_CHECKING:
     from gpu_lance.table import Table
@@ -215,13 +216,12 @@ def check_question(text: Any) -> str:
         raise BadInputError(f"A question is a text, got a {type(text).__name__}.")
     if not text.strip():
         raise BadInputError("The question is empty; give at least one word.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
+    place = lone_surrogate(text)
+    if place is not None:
         raise BadInputError(
-            f"The question has a lone surrogate at character {error.start}, which is no text; give "
-            "it as UTF-8."
-        ) from error
+            f"The question has a lone surrogate at character {place}, which is no text; give it as "
+            "UTF-8."
+        )
     return text
 
 

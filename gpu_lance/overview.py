@@ -139,24 +139,12 @@ def describe(table: Table) -> dict[str, Any]:
 
 
 def _column(table: Table, field: Any) -> dict[str, Any]:
+    from gpu_lance.ingest.lists import is_vector_type
+
     shown = {"name": field.name, "type": str(field.type)}
-    if not holds_vectors(field.type):
+    if not is_vector_type(field.type):
         return shown
     return {**shown, "dims": field.type.list_size, "metric": str(table.default_metric(field.name))}
-
-
-def holds_vectors(kind: Any) -> bool:
-    """Whether an Arrow type is that of a vector column.
-
-    Examples
-    --------
-    >>> import pyarrow as pa
-    >>> holds_vectors(pa.list_(pa.float32(), 2)), holds_vectors(pa.list_(pa.utf8(), 2))
-    (True, False)
-    """
-    import pyarrow as pa
-
-    return bool(pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type))
 
 
 def open_database(uri: str, device: str = "auto") -> LanceDBConnection:

@@ -165,6 +165,23 @@ class Embeddings:
         return int(self.vectors.shape[0])
 
 
+def lone_surrogate(text: str) -> int | None:
+    """Where the first character stands that UTF-8 cannot store; None if there is none.
+
+    Examples
+    --------
+    >>> lone_surrogate("fine"), lone_surrogate("a" + chr(0xD800))
+    (None, 1)
+    """
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
 def free_name(name: str, taken: Collection[str]) -> str:
     """A name for a column of ours beside the caller's.
 

@@ -72,10 +72,8 @@ class Wayward(TextEmbeddingFunction):
 
 
 @pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
+def registered() -> None:
     get_registry().register("wayward")(Wayward)
-    yield
-    get_registry().reset()
 
 
 @pytest.fixture

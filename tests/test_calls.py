@@ -214,21 +214,18 @@ def test_an_error_of_the_function_reaches_the_caller_unchanged():
 )
 def test_not_a_number_is_refused_or_dropped_as_asked(bad, tmp_path):
     get_registry().register("returns")(Returns)
-    try:
-        function = returning(lambda texts: [bad if t == "bad" else ROWS[0] for t in texts])
-        config = EmbeddingFunctionConfig(
-            source_column="text", vector_column="vector", function=function
-        )
-        table = connect(tmp_path).create_table(
-            "t", schema=pa.schema({"text": pa.utf8()}), embedding_functions=[config]
-        )
-        rows = [{"text": "good"}, {"text": "bad"}]
-        with pytest.raises(BadVectorError, match="[Rr]ow 1"):
-            table.add(rows)
-        assert table.count_rows() == 0
-        table.add(rows, on_bad_vectors="drop")
-        assert table.to_arrow()["text"].to_pylist() == ["good"]
-        table.add(rows, on_bad_vectors="null")
-        assert table.to_arrow()["vector"].to_pylist() == [ROWS[0], ROWS[0], None]
-    finally:
-        get_registry().reset()
+    function = returning(lambda texts: [bad if t == "bad" else ROWS[0] for t in texts])
+    config = EmbeddingFunctionConfig(
+        source_column="text", vector_column="vector", function=function
+    )
+    table = connect(tmp_path).create_table(
+        "t", schema=pa.schema({"text": pa.utf8()}), embedding_functions=[config]
+    )
+    rows = [{"text": "good"}, {"text": "bad"}]
+    with pytest.raises(BadVectorError, match="[Rr]ow 1"):
+        table.add(rows)
+    assert table.count_rows() == 0
+    table.add(rows, on_bad_vectors="drop")
+    assert table.to_arrow()["text"].to_pylist() == ["good"]
+    table.add(rows, on_bad_vectors="null")
+    assert table.to_arrow()["vector"].to_pylist() == [ROWS[0], ROWS[0], None]

@@ -7,7 +7,6 @@ import io
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,15 +36,6 @@ def blocks(page: str) -> list[Block]:
         Block(match[1], match[2], text.count("\n", 0, match.start(2)))
         for match in FENCE.finditer(text)
     ]
-
-
-@pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
-    registry = get_registry()
-    kept = dict(registry._functions)
-    yield
-    registry._functions.clear()
-    registry._functions.update(kept)
 
 
 @pytest.mark.parametrize("page", PAGES)

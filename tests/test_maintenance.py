@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ TEXTS = [f"{'a' * (i % 7)}{'b' * (i % 5)}" for i in range(60)]
 
 
 @pytest.fixture
-def table(tmp_path: Path) -> Iterator[Table]:
+def table(tmp_path: Path) -> Table:
     @register("upkeep")
     class Letters(TextEmbeddingFunction):
         def generate_embeddings(self, texts: list[str]) -> list[Any]:
@@ -53,8 +52,7 @@ def table(tmp_path: Path) -> Iterator[Table]:
     for start in range(0, 60, 20):
         rows = range(start, start + 20)
         made.add([{"id": i, "text": TEXTS[i], "other": [float(i), 1.0]} for i in rows])
-    yield made
-    get_registry().reset()
+    return made
 
 
 def nearest(table: Table, query: Any, column: str = "vector", **where: str) -> list[int]:

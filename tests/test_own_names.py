@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ from gpu_lance.query import ColumnOrdering
 
 
 @pytest.fixture
-def db(tmp_path: Path) -> Iterator[LanceDBConnection]:
-    yield connect(tmp_path, device="cpu")
-    get_registry().reset()
+def db(tmp_path: Path) -> LanceDBConnection:
+    return connect(tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize("name", ["n", "__place", "__row_id", "__query", "query_index"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,8 @@ class Count(TextEmbeddingFunction):
 
 
 @pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
+def registered() -> None:
     get_registry().register("count")(Count)
-    yield
-    get_registry().reset()
 
 
 def test_a_function_fills_its_column_and_is_named_in_the_metadata() -> None:

@@ -51,10 +51,8 @@ class Letters(TextEmbeddingFunction):
 
 
 @pytest.fixture(autouse=True)
-def registered() -> Any:
+def registered() -> None:
     get_registry().register("letters")(Letters)
-    yield
-    get_registry().reset()
 
 
 @pytest.fixture(params=["folder", "memory"])

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from gpu_lance.types import lone_surrogate
+
 
 def as_list(items: Any) -> list[Any]:
     """Return `items` as a list; one item by itself becomes a list of one.
@@ -58,13 +60,9 @@ def text_fault(item: Any) -> str | None:
     """
     if not isinstance(item, str):
         return f"it is a {type(item).__name__}, not text"
-    if item.isascii():
+    place = lone_surrogate(item)
+    if place is None:
         return None
-    try:
-        item.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return (
-            f"it holds a lone surrogate at character {error.start}, which is no text; decode the "
-            "bytes again"
-        )
-    return None
+    return (
+        f"it holds a lone surrogate at character {place}, which is no text; decode the bytes again"
+    )

@@ -15,6 +15,7 @@ from gpu_lance.errors import BadInputError, UnsupportedDataError
 from gpu_lance.ingest.align import first_failure, shorten
 from gpu_lance.ingest.arrays import host_array, is_array, is_scalar, stack_arrays
 from gpu_lance.ingest.lists import is_list_like
+from gpu_lance.types import lone_surrogate
 
 FAILURES = (pa.ArrowException, ValueError, TypeError, ArithmeticError)
 
@@ -273,11 +274,7 @@ def _bad_value(
 
 def _has_surrogate(value: Any) -> bool:
     if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return True
-        return False
+        return lone_surrogate(value) is not None
     if isinstance(value, Mapping):
         return any(_has_surrogate(item) for item in value.values())
     if isinstance(value, list):

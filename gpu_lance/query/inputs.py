@@ -14,6 +14,7 @@ import pyarrow as pa
 from gpu_lance.device import as_tensor
 from gpu_lance.errors import BadInputError, QueryError, QueryTypeError
 from gpu_lance.optional import require
+from gpu_lance.types import lone_surrogate
 
 if TYPE_CHECKING:
     import torch
@@ -224,15 +225,11 @@ def _items(items: Sequence[Any], batch: bool) -> Queries:
                 f"Query {position} is a {type(item).__name__}, and query 0 is a "
                 f"{type(items[0]).__name__}; a batch holds one kind."
             )
-        if not isinstance(item, str):
-            continue
-        try:
-            item.encode()
-        except UnicodeEncodeError as error:
+        place = lone_surrogate(item) if isinstance(item, str) else None
+        if place is not None:
             raise BadInputError(
-                f"Query {position} has a lone surrogate at character {error.start}, which is no "
-                "text."
-            ) from error
+                f"Query {position} has a lone surrogate at character {place}, which is no text."
+            )
     return Queries(items=list(items), batch=batch)
 
 

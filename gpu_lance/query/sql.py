@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from gpu_lance.errors import BadInputError, QueryError
+from gpu_lance.types import lone_surrogate
 
 # 'a string', "a string as well", `a name`, comments, words, and single other characters
 _TOKEN = re.compile(
@@ -286,9 +287,8 @@ def _moment(value: Any) -> str:
 
 
 def _encodable(text: str, what: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
+    place = lone_surrogate(text)
+    if place is not None:
         raise BadInputError(
-            f"The {what} has a lone surrogate at character {error.start}, which is no text."
-        ) from error
+            f"The {what} has a lone surrogate at character {place}, which is no text."
+        )

@@ -8,7 +8,6 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,16 +27,6 @@ from gpu_lance.device import resolve_device
 from gpu_lance.embeddings import fingerprint, get_registry
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
-
-
-@pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
-    registries = [get_registry(), lancedb.embeddings.get_registry()]
-    kept = [dict(registry._functions) for registry in registries]
-    yield
-    for registry, functions in zip(registries, kept, strict=True):
-        registry._functions.clear()
-        registry._functions.update(functions)
 
 
 def rows(heading: str) -> list[list[str]]:

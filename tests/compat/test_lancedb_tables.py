@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -63,16 +62,10 @@ def counts(texts: list[str]) -> np.ndarray:
 
 
 @pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
-    packages = (gpu_lance, lancedb)
-    kept = [dict(package.embeddings.get_registry()._functions) for package in packages]
-    for package in packages:
+def registered() -> None:
+    for package in (gpu_lance, lancedb):
         package.embeddings.get_registry()._functions.pop(LETTERS, None)
         package.embeddings.register(LETTERS)(letters_of(package))
-    yield
-    for package, functions in zip(packages, kept, strict=True):
-        package.embeddings.get_registry()._functions.clear()
-        package.embeddings.get_registry()._functions.update(functions)
 
 
 def connect(package: ModuleType, folder: Path) -> Any:
