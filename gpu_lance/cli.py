@@ -52,6 +52,28 @@ DeviceOption = Annotated[
 ]
 
 
+def _budget(value: str | None) -> str | None:
+    """Refuse what is no size, before any work."""
+    from gpu_lance.index.sizes import parse_bytes
+
+    if value is not None:
+        try:
+            parse_bytes(value, lambda: 0, "it")
+        except BadInputError as error:
+            raise typer.BadParameter(str(error)) from error
+    return value
+
+
+BudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-budget",
+        help="The most memory that resident vectors take on the device: 8GiB, 500MB, 50%.",
+        callback=_budget,
+    ),
+]
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"gpu-lance {__version__}")
@@ -104,6 +126,7 @@ def demo(
     ] = None,
     db: Annotated[Path, typer.Option(help="The folder to make the table in.")] = Path("demo_db"),
     device: DeviceOption = "auto",
+    memory_budget: BudgetOption = None,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Answers a question.")] = 3,
     rows: Annotated[
         int | None, typer.Option(min=1, help="Index only so many passages, for a quick look.")
@@ -123,6 +146,7 @@ def demo(
                 questions or (),
                 db=db,
                 device=device,
+                memory_budget=memory_budget,
                 fresh=fresh,
                 limit=limit,
                 rows=rows,
@@ -141,15 +165,16 @@ def info(
     db: Annotated[str | None, typer.Argument(help="A folder of tables, or its URI.")] = None,
     table: Annotated[str | None, typer.Argument(help="Only this table.")] = None,
     device: DeviceOption = "auto",
+    memory_budget: BudgetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the device, the libraries, and what a database holds."""
     with _failing(as_json):
         from gpu_lance import overview
 
-        found = overview.system(device)
+        found = overview.system(device, memory_budget)
         if db is not None:
-            with overview.open_database(db, device) as connection:
+            with overview.open_database(db, device, memory_budget) as connection:
                 found["database"] = db
                 found["tables"] = overview.tables(connection, table)
     with _failing(False):
@@ -194,13 +219,14 @@ def search(
         bool, typer.Option("--vector", help='QUERY is a vector, such as "[0.5, 1]".')
     ] = False,
     device: DeviceOption = "auto",
+    memory_budget: BudgetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Return the rows of a table that are nearest to a query."""
     wanted = _vector(query) if vector else query
     from gpu_lance import overview
 
-    with _failing(as_json), overview.open_database(db, device) as connection:
+    with _failing(as_json), overview.open_database(db, device, memory_budget) as connection:
         used = str(connection.device)
         opened = overview.open_table(connection, table)
         start = time.perf_counter()
@@ -415,6 +441,8 @@ def _show_info(found: dict[str, Any]) -> None:
     device = found["device"]
     free = device["free_bytes"]
     memory = "" if free is None else f", {free / 2**30:.1f} GiB free"
+    if device["budget_bytes"] is not None:
+        memory += f", {device['budget_bytes'] / 2**30:.1f} GiB for resident vectors"
     typer.echo(f"gpu-lance {found['gpu_lance']}, Python {found['python']}, {found['platform']}")
     typer.echo(f"device    {device['name'] or 'none'} ({device['reason']}){memory}")
     versions = (f"{name} {version}" for name, version in found["libraries"].items())

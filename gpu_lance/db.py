@@ -21,6 +21,7 @@ from gpu_lance.errors import (
     WrongTypeError,
 )
 from gpu_lance.handover import take_in
+from gpu_lance.index.budget import Budget
 from gpu_lance.index.resident import ResidentIndexes
 from gpu_lance.ingest.embed import Policy, vector_columns
 from gpu_lance.ingest.pipeline import Pipeline
@@ -45,6 +46,7 @@ def connect(
     read_consistency_interval: timedelta | None = None,
     storage_options: Mapping[str, str] | None = None,
     device: str | torch.device = "auto",
+    memory_budget: int | str | None = None,
 ) -> LanceDBConnection:
     """Connect to a database; nothing is loaded, and the folder need not exist.
 
@@ -63,11 +65,17 @@ def connect(
     device : str or torch.device
         Where vectors are held and searched: ``"auto"``, ``"cuda"``, ``"cuda:1"``, ``"cpu"``.
         Whether it is there is found when something is first embedded or searched.
+    memory_budget : int or str, optional
+        The most memory of the device that resident vectors of this connection take: bytes, or
+        text such as ``"8GiB"``, ``"500 MB"`` or ``"50%"`` of what the device has. Columns beyond
+        it are narrowed, streamed, or searched in Lance, and those used least recently make room;
+        ``explain_plan`` says which. None: the limit in the environment variable
+        GPU_LANCE_MEMORY_BUDGET, which such connections share, or else what is free.
 
     Raises
     ------
     ValueError
-        For LanceDB Cloud, or a `uri` that is a file.
+        For LanceDB Cloud, a `uri` that is a file, or a `memory_budget` that is no size.
     DeviceError
         For a device of another name.
 
@@ -103,6 +111,7 @@ def connect(
         read_consistency_interval=read_consistency_interval,
         storage_options=storage_options,
         device=device,
+        memory_budget=memory_budget,
     )
 
 
@@ -120,11 +129,13 @@ class LanceDBConnection:
         read_consistency_interval: timedelta | None = None,
         storage_options: Mapping[str, str] | None = None,
         device: str | torch.device = "auto",
+        memory_budget: int | str | None = None,
     ) -> None:
         self._uri = uri
         self._interval = read_consistency_interval
         self._options = dict(storage_options or {}) or None
         self._wanted_device = device
+        self._budget = None if memory_budget is None else Budget(device, memory_budget)
         self._lock = threading.RLock()
         self._resident: dict[str, ResidentIndexes] = {}
         # a dataset in memory lives as long as a handle of it
@@ -277,7 +288,7 @@ class LanceDBConnection:
         planned = plan_table(data, schema, embedding_functions)
         functions = planned.functions
         columns = vector_columns(planned.schema, functions)
-        indexes = ResidentIndexes(self._wanted_device)
+        indexes = ResidentIndexes(self._wanted_device, self._budget)
         with progress_callback(progress, planned.source.num_rows) as report:
             run = Pipeline(planned.schema, columns, policy, indexes, report)
             storage = run.write(
@@ -350,7 +361,7 @@ class LanceDBConnection:
                 )
             indexes = self._resident.get(name)
             if indexes is None:
-                indexes = self._resident[name] = ResidentIndexes(self._wanted_device)
+                indexes = self._resident[name] = ResidentIndexes(self._wanted_device, self._budget)
         return Table(storage, indexes)
 
     # --------------------------------------------------------------- dropping

@@ -114,6 +114,7 @@ def run(
     *,
     db: str | Path = DATABASE,
     device: str = "auto",
+    memory_budget: str | None = None,
     fresh: bool = False,
     limit: int = 3,
     rows: int | None = None,
@@ -130,6 +131,8 @@ def run(
         The folder of the database.
     device : str
         ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+    memory_budget : str, optional
+        As in :func:`gpu_lance.connect`.
     fresh : bool
         Index again even if the table is there.
     limit : int
@@ -164,7 +167,7 @@ def run(
     from gpu_lance.embeddings import get_registry
 
     text = passages()[:rows]
-    with connect(db, device=device) as connection:
+    with connect(db, device=device, memory_budget=memory_budget) as connection:
         used = connection.device  # a device that is not there is an error before any work
         there = _there(connection)
         function: Any = get_registry().get("sentence-transformers").create(device=device)

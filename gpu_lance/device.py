@@ -260,6 +260,25 @@ def free_memory(device: torch.device) -> int:
     return _host_memory()
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that `device` has, free or not; on the CPU those of the machine.
+
+    Examples
+    --------
+    >>> import torch
+    >>> total_memory(torch.device("cpu")) >= free_memory(torch.device("cpu"))
+    True
+    """
+    torch = require("torch", extra="cpu|cuda13|cuda12")
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory())
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return _host_memory()
+
+
 def release_cache(device: torch.device) -> None:
     """Give the memory that torch holds unused on `device` back to the driver."""
     torch = require("torch", extra="cpu|cuda13|cuda12")

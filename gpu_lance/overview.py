@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gpu_lance import __version__
 from gpu_lance import device as devices
 from gpu_lance.errors import BadInputError, MissingExtraError, TableNotFoundError
+from gpu_lance.index.budget import Budget
 from gpu_lance.optional import require
 
 if TYPE_CHECKING:
@@ -33,24 +34,29 @@ LIBRARIES = (
 )
 
 
-def system(device: str = "auto") -> dict[str, Any]:
+def system(device: str = "auto", memory_budget: str | None = None) -> dict[str, Any]:
     """The device that would be used, and the versions of what is installed.
 
     Parameters
     ----------
     device : str
         ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+    memory_budget : str, optional
+        As in :func:`gpu_lance.connect`.
 
     Returns
     -------
     dict
         ``gpu_lance``, ``python`` and ``platform`` (str), ``device`` (dict of ``name``, which is
-        None without torch, ``reason`` and ``free_bytes``), ``libraries`` (version by name).
+        None without torch, ``reason``, ``free_bytes`` and ``budget_bytes``, the limit of what
+        resident vectors take, if there is one), ``libraries`` (version by name).
 
     Raises
     ------
     DeviceError
         If the named device is not there.
+    BadInputError
+        If the budget is no size.
 
     Examples
     --------
@@ -61,7 +67,7 @@ def system(device: str = "auto") -> dict[str, Any]:
         "gpu_lance": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": _device(device),
+        "device": _device(device, memory_budget),
         "libraries": libraries(),
     }
 
@@ -83,11 +89,11 @@ def libraries() -> dict[str, str]:
     return found
 
 
-def _device(wanted: str) -> dict[str, Any]:
+def _device(wanted: str, memory_budget: str | None) -> dict[str, Any]:
     try:
         used = devices.resolve_device(wanted)
     except MissingExtraError as error:
-        return {"name": None, "reason": str(error), "free_bytes": None}
+        return {"name": None, "reason": str(error), "free_bytes": None, "budget_bytes": None}
     if used.type == "cuda":
         reason = require("torch", extra="cuda13|cuda12").cuda.get_device_name(used)
     elif wanted == "auto":
@@ -95,7 +101,13 @@ def _device(wanted: str) -> dict[str, Any]:
     else:
         reason = None
     reason = reason or "as asked for"
-    return {"name": str(used), "reason": reason, "free_bytes": devices.free_memory(used)}
+    budget = Budget.of(used) if memory_budget is None else Budget(used, memory_budget)
+    return {
+        "name": str(used),
+        "reason": reason,
+        "free_bytes": devices.free_memory(used),
+        "budget_bytes": budget.limit,
+    }
 
 
 def describe(table: Table) -> dict[str, Any]:
@@ -147,13 +159,15 @@ def _column(table: Table, field: Any) -> dict[str, Any]:
     return {**shown, "dims": field.type.list_size, "metric": str(table.default_metric(field.name))}
 
 
-def open_database(uri: str, device: str = "auto") -> LanceDBConnection:
+def open_database(
+    uri: str, device: str = "auto", memory_budget: str | None = None
+) -> LanceDBConnection:
     """Connect to a database that is there already.
 
     Raises
     ------
     BadInputError
-        If there is no such folder, or it is a file or a table.
+        If there is no such folder, or it is a file or a table, or the budget is no size.
     """
     from gpu_lance.db import connect
 
@@ -166,7 +180,7 @@ def open_database(uri: str, device: str = "auto") -> LanceDBConnection:
             )
         if not folder.exists():
             raise BadInputError(f"There is no folder {uri!r}; `gpu-lance demo` makes 'demo_db'.")
-    return connect(uri, device=device)
+    return connect(uri, device=device, memory_budget=memory_budget)
 
 
 def open_table(connection: LanceDBConnection, name: str) -> Table:

@@ -7,6 +7,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from gpu_lance.device import resolve_device
+from gpu_lance.index.budget import Budget
 from gpu_lance.index.column import ColumnIndex
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ class ResidentIndexes:
     ----------
     device : str or torch.device
         Resolved when it is first needed, so that opening a table does not wait for torch.
+    budget : Budget, optional
+        Of the memory that the columns take; None for the one that everything on the device shares.
 
     Examples
     --------
@@ -30,8 +33,9 @@ class ResidentIndexes:
     True
     """
 
-    def __init__(self, device: str | torch.device = "auto") -> None:
+    def __init__(self, device: str | torch.device = "auto", budget: Budget | None = None) -> None:
         self._wanted = device
+        self._budget = budget
         self._lock = threading.Lock()
         self._indexes: dict[str, ColumnIndex] = {}
 
@@ -39,6 +43,11 @@ class ResidentIndexes:
     def device(self) -> torch.device:
         """Where the columns are held; DeviceError if it is not there."""
         return resolve_device(self._wanted)
+
+    @functools.cached_property
+    def budget(self) -> Budget:
+        """What the columns reserve their memory in."""
+        return Budget.of(self.device) if self._budget is None else self._budget
 
     def of(self, column: str, ndims: int) -> ColumnIndex:
         """The index of a column; a column whose vectors changed length gets a new one."""
