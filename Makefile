@@ -1,7 +1,7 @@
 # make demo      index real text and search it
 # make test      run the tests
 # make check     ruff and mypy
-# make bench     measure text embedding against LanceDB
+# make bench     measure text embedding and search against LanceDB
 # make soak      the long forms of the tests
 # make gpu       the tests that need a CUDA device
 # make setup     only make .venv, with everything for development
@@ -44,7 +44,8 @@ check: $(DEV)
 	@$(BIN)/mypy
 
 bench: $(TEST)
-	@$(BIN)/python benchmarks/bench_text.py
+	@failed=0; for what in text search; do \
+	$(BIN)/python benchmarks/bench_$$what.py || failed=1; done; exit $$failed
 
 soak: $(TEST)
 	@$(BIN)/python -m pytest -q -m "soak and not gpu" --timeout 3600 \

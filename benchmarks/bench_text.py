@@ -9,12 +9,8 @@ by row first: nothing is reported if one differs.
 """
 
 import argparse
-import csv
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import resource
 import statistics
@@ -26,6 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from measuring import quantile, stamp, write_csv
 
 LIMIT = 256  # tokens, all-MiniLM-L6-v2's own
 LEAST = 9
@@ -271,17 +269,16 @@ def summary(
     name: str, case: Case, runs: list[dict[str, Any]], cosine: float | None
 ) -> dict[str, Any]:
     """The figures of one contender in one case."""
-    rates = sorted(len(case.texts) / run["cpu_s"] for run in runs)
+    rates = [len(case.texts) / run["cpu_s"] for run in runs]
     walls = statistics.median(len(case.texts) / run["wall_s"] for run in runs)
-    last = len(rates) - 1
     return {
         "case": case.name,
         "contender": name,
         "threads": case.threads,
         "rows": len(case.texts),
         "rows_per_cpu_s": round(statistics.median(rates), 2),
-        "p20": round(rates[round(0.2 * last)], 2),
-        "p80": round(rates[round(0.8 * last)], 2),
+        "p20": round(quantile(rates, 0.2), 2),
+        "p80": round(quantile(rates, 0.8), 2),
         "rows_per_s": round(walls, 2),
         "peak_mb": round(max(run["peak_mb"] for run in runs)),
         "least_cosine": None if cosine is None else round(cosine, 6),
@@ -315,17 +312,10 @@ def main() -> None:
     rows = [
         row for name in args.cases.split(",") for row in measure(cases[name], folder, args.rounds)
     ]
-    stamp = {
-        "date": datetime.date.today().isoformat(),
-        "device": f"cpu, {os.cpu_count()} cores, {platform.machine()}",
-        **{name: importlib.metadata.version(name) for name in LIBRARIES},
-    }
-    print("\n" + ", ".join(f"{name} {value}" for name, value in stamp.items()))
+    made = stamp(LIBRARIES)
+    print("\n" + ", ".join(f"{name} {value}" for name, value in made.items()))
     if args.out:
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *stamp])
-            writer.writeheader()
-            writer.writerows({**row, **stamp} for row in rows)
+        write_csv(args.out, rows, made)
     for row in rows:
         if (row["case"], row["contender"]) == ("mixed", "lancedb") and row["ours_over_it"] < AIM:
             raise SystemExit(f"{row['ours_over_it']} times LanceDB's rate is below {AIM}.")
