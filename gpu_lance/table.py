@@ -203,7 +203,8 @@ class Table(Maintained):
         changed = ChangedRows()
         batches = rewritten(base, condition, given, expressions, follow, changed)
         again = {column.name: functions[column.name] for column in follow}
-        columns = self._columns(base, schema, again)
+        # vectors that stay are not judged: another writer may have stored what `add` refuses
+        columns = [c for c in self._columns(base, schema, again) if c.name in {*names, *again}]
         run = Pipeline(schema, columns, Policy(), self._indexes)
         dataset = run.write(
             Source(schema, batches),

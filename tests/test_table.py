@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
+import lance
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -429,6 +430,16 @@ def test_update_of_a_large_table_in_batches(table: Table) -> None:
     assert vectors == {(1.0, 0.0, 0.0), (0.0, 1.0, 0.0)}
     assert table.count_rows("text = 'b'") == n - 100
     assert len(table) == n
+
+
+def test_an_update_of_other_columns_judges_no_vector(tmp_path: Path) -> None:
+    table = connect(tmp_path).create_table("t", schema=SCHEMA)
+    bad = pa.table([[1], ["a"], pa.array([[np.nan, np.inf, 0.0]], VECTOR)], schema=SCHEMA)
+    lance.write_dataset(bad, table.to_lance().uri, mode="append")  # what `add` refuses
+    assert table.update(values={"text": "b"}).rows_updated == 1
+    assert table.count_rows("text = 'b'") == 1
+    with pytest.raises(BadVectorError):
+        table.update(values={"vector": [np.nan, 0.0, 0.0]})
 
 
 def test_an_update_evaluates_its_condition_once(table: Table) -> None:
