@@ -38,7 +38,11 @@ class Owner(Protocol):
     """What memory is counted for: a column. It is known by identity and held weakly."""
 
     def evict(self) -> bool:
-        """Free everything and say True, or say False at once where it is in use."""
+        """Free everything, release it and say True; say False at once where it is in use.
+
+        It is called in another column's thread, which may hold that column's lock, so it waits for
+        no lock but the budget's own. What was freed is to be released under the column's lock.
+        """
 
 
 @dataclass(eq=False)

@@ -59,6 +59,10 @@ class Plan:
     nbytes: int
     reason: str
 
+    def place(self, budget: Budget) -> Budget:
+        """Where `nbytes` are reserved, and room for more rows is to be: `budget`, or its host's."""
+        return (self.home is Home.HOST and budget.host) or budget
+
 
 def column_bytes(rows: int, ndims: int, dtype: np.dtype, device: torch.device) -> int:
     """Bytes that so many rows take on `device`: vectors and norms; on the CPU also row ids.
@@ -102,7 +106,7 @@ def plan(
     Parameters
     ----------
     rows : int
-        That there are now. Room for more is asked for with :meth:`Budget.reserve` as they come.
+        That there are now. Room for more is reserved in :meth:`Plan.place` as they come.
     ndims : int
         Length of a vector.
     stored_dtype : numpy.dtype
@@ -176,7 +180,6 @@ def _reason(step: Step, stored: np.dtype, refused: list[str]) -> str:
         Step.HOST: "the host holds it, and each search streams it to the device",
         Step.LANCE: "each search reads it from Lance",
     }[step]
-    narrowed = (step is Step.FLOAT16) or (step is Step.FLOAT32)
-    if narrowed:
+    if step in (Step.FLOAT32, Step.FLOAT16):
         then += ", and candidates are measured again from the stored values"
     return "; ".join([*refused, then])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 import re
 from collections.abc import Callable
@@ -72,7 +71,7 @@ def parse_bytes(
         if unit not in _UNITS:
             raise BadInputError(wrong)
         size = number * _UNITS[unit]
-    if math.isnan(size) or not 0 <= size <= _MOST:
+    if not 0 <= size <= _MOST:  # of NaN neither is true
         raise BadInputError(wrong)
     return int(size)
 
