@@ -16,6 +16,7 @@ import torch
 from gpu_lance.errors import IndexBackendError, MissingExtraError
 from gpu_lance.index import FlatIndex, faiss_binding
 from gpu_lance.index.faiss_binding import MAX_K, FaissStore, GpuResources, load_faiss
+from gpu_lance.index.planner import Planner
 from gpu_lance.types import Metric
 
 faiss = pytest.importorskip("faiss")
@@ -42,6 +43,7 @@ def test_without_faiss_torch_searches_and_says_why(monkeypatch: pytest.MonkeyPat
         return importlib.import_module(module)
 
     monkeypatch.setattr(faiss_binding, "require", missing)
+    monkeypatch.setattr(Planner, "_by_device", {})
     index = FlatIndex(2, "l2", CPU)
     index.add(torch.tensor([[0.0, 0.0], [3.0, 4.0]]), np.array([4, 5]))
     assert index.search(torch.tensor([[3.0, 3.0]]), 2).row_ids.tolist() == [[5, 4]]
@@ -54,6 +56,7 @@ def test_a_broken_faiss_shows_its_own_error(monkeypatch: pytest.MonkeyPatch) -> 
         raise ImportError("libcudart.so.13: cannot open shared object file")
 
     monkeypatch.setattr(faiss_binding, "require", broken)
+    monkeypatch.setattr(Planner, "_by_device", {})
     with pytest.raises(ImportError, match="libcudart") as caught:
         FlatIndex(2, "l2", CPU)
     assert not isinstance(caught.value, MissingExtraError)

@@ -4,8 +4,8 @@ FAISS's own torch support patches its classes for the whole process, so it is no
 tensor's pointer is handed over instead, on torch's current stream; torch's allocator reuses memory
 in the order of that stream, so a tensor may be dropped as soon as the call has returned.
 
-FAISS chooses between two CPU kernels by a process-wide threshold. Around a search of ours it is 1,
-which is several times faster for batches, and it has its old value again afterwards.
+FAISS chooses between two CPU kernels by a process-wide threshold. Around a search of ours it is
+what makes that search several times faster, and it has its old value again afterwards.
 """
 
 from __future__ import annotations
@@ -83,7 +83,14 @@ def _installed_wheels() -> list[str]:
 
 
 class _BlasThreshold:
-    """Sets FAISS's BLAS threshold while at least one of our searches runs, in any thread."""
+    """Sets FAISS's BLAS threshold while at least one of our searches runs, in any thread.
+
+    Of two searches at once that want different values the second has its way, and the first is
+    perhaps slower.
+    """
+
+    PRODUCT = 1  # always a matrix product
+    LOOP = 2**31 - 1  # never one
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -91,11 +98,11 @@ class _BlasThreshold:
         self._before = 0
 
     @contextlib.contextmanager
-    def lowered(self, faiss: Any) -> Iterator[None]:
+    def at(self, faiss: Any, value: int) -> Iterator[None]:
         with self._lock:
             if self._users == 0:
                 self._before = faiss.cvar.distance_compute_blas_threshold
-                faiss.cvar.distance_compute_blas_threshold = 1
+            faiss.cvar.distance_compute_blas_threshold = value
             self._users += 1
         try:
             yield
@@ -105,8 +112,12 @@ class _BlasThreshold:
                 if self._users == 0:
                     faiss.cvar.distance_compute_blas_threshold = self._before
 
+    def lowered(self, faiss: Any) -> contextlib.AbstractContextManager[None]:
+        return self.at(faiss, self.PRODUCT)
 
-_blas_threshold = _BlasThreshold()
+
+blas_threshold = _BlasThreshold()
+_blas_threshold = blas_threshold
 
 
 class GpuResources:
