@@ -1,0 +1,227 @@
+"""Reading a vector column: views of what Lance read, in small blocks, without a copy."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import lance
+import numpy as np
+import pyarrow as pa
+
+from gpu_lance.errors import QueryError, SchemaError
+from gpu_lance.lance_errors import asking, batches_of
+
+ROW_ID, ROW_ADDRESS, UPDATED = "_rowid", "_rowaddr", "_row_last_updated_at_version"
+
+# A block that is still in the processor's cache when it is copied and measured.
+BLOCK_BYTES = 2 << 20
+# What Lance reads ahead. Its default of gigabytes comes from fresh memory page by page, which
+# takes longer than the reading; what fits here is used again and again.
+READ_AHEAD_BYTES = 16 << 20
+# glibc gives buffers as large as Lance's back to the system, and so takes fresh pages for every
+# one, until a buffer of this size was freed once in the process: the most that it adapts to.
+LARGEST_KEPT_BYTES = (32 << 20) - (64 << 10)
+# Rows by id are looked up or picked out of a scan: a run of ids costs what so many bytes cost.
+RUN_BYTES = 12 << 10
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of a vector column.
+
+    Parameters
+    ----------
+    vectors : numpy.ndarray
+        (n, d) float16, float32 or float64, as stored: Lance's own memory where possible, so
+        never to be written to. What a row that is not valid holds is undefined.
+    row_ids : numpy.ndarray
+        (n,) int64.
+    updated : numpy.ndarray
+        (n,) int64, the version that last changed each row; 0 without stable row ids.
+    valid : numpy.ndarray or None
+        (n,) bool, False where the vector, or a value in it, is null; None if none is.
+    """
+
+    vectors: np.ndarray
+    row_ids: np.ndarray
+    updated: np.ndarray
+    valid: np.ndarray | None
+
+
+def read_blocks(
+    dataset: lance.LanceDataset,
+    column: str,
+    ndims: int,
+    *,
+    since: int | None = None,
+    row_ids: np.ndarray | None = None,
+    where: str | None = None,
+) -> Iterator[Block]:
+    """The rows of a vector column, or some of them, in blocks of about 2 MiB.
+
+    Parameters
+    ----------
+    dataset : lance.LanceDataset
+        At the version to read.
+    column : str
+    ndims : int
+    since : int, optional
+        Only rows inserted or updated after that version; needs stable row ids.
+    row_ids : numpy.ndarray, optional
+        (n,) integers; only the rows with these ids, in no promised order. Ids that the dataset
+        does not have are skipped, and repeated ones are read once.
+    where : str, optional
+        An SQL condition; only rows that meet it.
+
+    Yields
+    ------
+    Block
+        With at least one row.
+
+    Raises
+    ------
+    SchemaError
+        Unless the column is a fixed-size list of `ndims` floats.
+    QueryError
+        If Lance does not understand the condition, or more than one choice of rows is given.
+    StorageError
+        If a file is missing or damaged.
+
+    Examples
+    --------
+    >>> vector = pa.FixedSizeListArray.from_arrays(pa.array([0, 0, 3, 4], pa.float32()), 2)
+    >>> dataset = lance.write_dataset(pa.table({"vector": vector}), "memory://")
+    >>> [block.vectors.tolist() for block in read_blocks(dataset, "vector", 2)]
+    [[[0.0, 0.0], [3.0, 4.0]]]
+    """
+    width = check_column(dataset, column, ndims)
+    if sum(choice is not None for choice in (since, row_ids, where)) > 1:
+        raise QueryError("Give one of since, row_ids and where, or none of them.")
+    stable = bool(dataset.has_stable_row_ids)
+    if since is not None and not stable:
+        raise QueryError(
+            "The table has no stable row ids, so Lance does not know which rows changed since "
+            f"version {since}. Read the whole column."
+        )
+    rows = max(1, BLOCK_BYTES // (ndims * width))
+    names = [column, UPDATED] if stable else [column]
+    if row_ids is not None:
+        wanted = np.unique(np.asarray(row_ids, np.int64))
+        wanted = wanted[wanted >= 0]
+        whole = dataset.count_rows()
+        if _looked_up(wanted, whole, ndims * width):
+            batches = _take(dataset, wanted, rows, names)
+            return (_block(batch, column, ndims, width) for batch in batches)
+        return _picked(read_blocks(dataset, column, ndims), wanted)
+    condition = where if since is None else f"{UPDATED} > {int(since)}"
+    scan = functools.partial(
+        dataset.to_batches,
+        columns=names,
+        filter=condition,
+        with_row_id=True,
+        batch_size=rows,
+        io_buffer_size=READ_AHEAD_BYTES,
+    )
+    np.empty(LARGEST_KEPT_BYTES, np.uint8)  # freed at once and never touched: see above
+    batches = batches_of(scan) if where is None else _asked(scan)
+    return (_block(batch, column, ndims, width) for batch in batches if batch.num_rows)
+
+
+def check_column(dataset: lance.LanceDataset, column: str, ndims: int) -> int:
+    """The bytes of one value of a vector column.
+
+    Raises
+    ------
+    SchemaError
+        Unless the column is a fixed-size list of `ndims` floats.
+    """
+    if column not in dataset.schema.names:
+        raise SchemaError(
+            f"The table has no column {column!r}; it has {', '.join(dataset.schema.names)}."
+        )
+    kind = dataset.schema.field(column).type
+    if not (
+        pa.types.is_fixed_size_list(kind)
+        and pa.types.is_floating(kind.value_type)
+        and kind.list_size == ndims
+    ):
+        raise SchemaError(
+            f"Column {column!r} has type {kind}; the index wants a fixed-size list of {ndims} "
+            "floats."
+        )
+    return int(kind.value_type.bit_width) // 8
+
+
+def _asked(scan: Callable[[], Iterable[pa.RecordBatch]]) -> Iterator[pa.RecordBatch]:
+    with asking("filter"):
+        yield from scan()
+
+
+def _looked_up(wanted: np.ndarray, whole: int, row_bytes: int) -> bool:
+    """Whether looking ids up (n,) is faster than a scan of all rows."""
+    runs = 1 + np.count_nonzero(np.diff(wanted) != 1)
+    return bool(len(wanted) * row_bytes + runs * RUN_BYTES < max(whole, 1) * row_bytes)
+
+
+def _take(
+    dataset: lance.LanceDataset, wanted: np.ndarray, rows: int, names: list[str]
+) -> Iterator[pa.RecordBatch]:
+    # without the address Lance cannot take the version
+    columns = [*names, ROW_ID, ROW_ADDRESS]
+
+    def scan() -> Iterator[pa.RecordBatch]:
+        for start in range(0, len(wanted), rows):
+            ids = pa.array(wanted[start : start + rows].astype(np.uint64))
+            yield from dataset._take_rows(ids, columns=columns).to_batches()
+
+    return (batch for batch in batches_of(scan) if batch.num_rows)
+
+
+def _picked(blocks: Iterator[Block], wanted: np.ndarray) -> Iterator[Block]:
+    for block in blocks:
+        place = np.searchsorted(wanted, block.row_ids)
+        place[place == len(wanted)] = 0
+        kept = np.flatnonzero(wanted[place] == block.row_ids)
+        if len(kept) == len(block.row_ids):
+            yield block
+        elif len(kept):
+            valid = None if block.valid is None else block.valid[kept]
+            yield Block(block.vectors[kept], block.row_ids[kept], block.updated[kept], valid)
+
+
+class _Memory:
+    """A piece of Arrow's memory for numpy, which would call it read-only; torch warns at that."""
+
+    def __init__(self, owner: Any, address: int, shape: tuple[int, int], dtype: np.dtype) -> None:
+        self._owner = owner
+        self.__array_interface__ = {
+            "data": (address, False),
+            "shape": shape,
+            "typestr": dtype.str,
+            "version": 3,
+        }
+
+
+def _block(batch: pa.RecordBatch, column: str, ndims: int, width: int) -> Block:
+    array, n = batch[column], batch.num_rows
+    values = array.values.slice(array.offset * ndims, n * ndims)
+    memory = values.buffers()[1]
+    vectors = np.asarray(
+        _Memory(memory, memory.address + values.offset * width, (n, ndims), np.dtype(f"f{width}"))
+    )
+    valid = None
+    if array.null_count:
+        valid = array.is_valid().to_numpy(zero_copy_only=False)
+    if values.null_count:
+        whole = values.is_valid().to_numpy(zero_copy_only=False).reshape(n, ndims).all(axis=1)
+        valid = whole if valid is None else valid & whole
+    updated = _int64(batch[UPDATED]) if UPDATED in batch.schema.names else np.zeros(n, np.int64)
+    return Block(vectors, _int64(batch[ROW_ID]), updated, valid)
+
+
+def _int64(numbers: pa.Array) -> np.ndarray:
+    view: np.ndarray = numbers.to_numpy(zero_copy_only=False).view(np.int64)
+    return view
