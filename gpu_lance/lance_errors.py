@@ -178,6 +178,13 @@ def writing(name: str) -> Iterator[None]:
     Raises
     ------
     CommitConflictError, TableExistsError, StorageError
+
+    Examples
+    --------
+    >>> with writing("t"):
+    ...     raise OSError("Too many concurrent writers. Attempted 17 times")
+    Traceback (most recent call last):
+    gpu_lance.errors.CommitConflictError: Table 't': other writers were faster each time, ...
     """
     try:
         yield
@@ -193,6 +200,11 @@ def writing(name: str) -> Iterator[None]:
             ) from error
         if not conflict and "Invalid user input" in text:
             raise
+        if "Too many concurrent writers" in text:
+            raise CommitConflictError(
+                f"Table '{name}': other writers were faster each time, and nothing was written "
+                f"({first_line(error)}). Try again."
+            ) from error
         if conflict or "conflict" in text.lower():
             raise CommitConflictError(
                 f"Table '{name}': another writer changed the same rows, and nothing was written "
