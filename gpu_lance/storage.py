@@ -28,6 +28,9 @@ T = TypeVar("T")
 
 FORMAT: Final = "2.2"  # LanceDB appends to a newer one and cannot read it back
 REMOTE_INTERVAL = timedelta(seconds=5)
+# Bytes of what Lance remembers of a table's versions and files. Its own limit is 1 GiB a handle,
+# and a table that others write to fills it, at about 15 KB a version.
+METADATA_CACHE = 64 << 20
 
 
 _lance = ForkGuard()
@@ -173,7 +176,7 @@ class Storage:
 
     def _open(self) -> lance.LanceDataset:
         try:
-            return lance.dataset(self.uri, storage_options=self.storage_options)
+            return lance.dataset(self.uri, storage_options=self.storage_options, session=_session())
         except (ValueError, OSError) as error:
             if "not found" in str(error).lower() or isinstance(error, FileNotFoundError):
                 raise TableNotFoundError(f"Table '{self.name}' was not found") from error
@@ -447,6 +450,13 @@ def _write(
         storage_options=storage_options,
         data_storage_version=None if mode == "append" else FORMAT,
         enable_stable_row_ids=mode != "append",
+        session=None if isinstance(target, lance.LanceDataset) else _session(),
+    )
+
+
+def _session() -> Any:
+    return lance.Session(  # type: ignore[attr-defined]
+        metadata_cache_size_bytes=METADATA_CACHE
     )
 
 

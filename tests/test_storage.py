@@ -12,6 +12,7 @@ import lance
 import pyarrow as pa
 import pytest
 
+from gpu_lance import storage as storage_module
 from gpu_lance.errors import (
     BadInputError,
     CommitConflictError,
@@ -49,6 +50,22 @@ def test_create_refuses_to_write_over_a_table(tmp_path: Path) -> None:
     with pytest.raises(TableExistsError, match="Table 't' already exists"):
         Storage.create(uri, "t", iter([batch(2)]), SCHEMA)
     assert ids(Storage(uri, "t")) == [1]
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_what_lance_remembers_is_bounded(
+    made: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_module, "METADATA_CACHE", 100_000)
+    uri = str(tmp_path / "t.lance")
+    storage = Storage.create(uri, "t", iter([batch(1)]), SCHEMA)
+    storage = storage if made else Storage(uri, "t")
+    other = lance.dataset(uri)
+    for i in range(40):
+        other = lance.write_dataset(pa.table(batch(i).to_pydict()), other, mode="append")
+        ids(storage)
+    assert other.session().size_bytes() > 0  # it counts
+    assert 0 < storage.dataset().session().size_bytes() < 150_000
 
 
 def test_a_missing_table_is_said(tmp_path: Path) -> None:
