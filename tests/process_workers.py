@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 import gpu_lance
+from gpu_lance import storage
 from gpu_lance.errors import CommitConflictError
 
 NAME, NDIMS = "t", 16
@@ -95,6 +96,7 @@ class Searcher:
     """Searches, and compares what it finds with the versions that it can have found it in."""
 
     def __init__(self, folder: Path) -> None:
+        storage.METADATA_CACHE = 8 << 20  # full soon, so that what grows on is something else
         connection = gpu_lance.connect(folder, device="cpu")
         self.live, self.old = connection.open_table(NAME), connection.open_table(NAME)
         self.rng = np.random.default_rng(5)

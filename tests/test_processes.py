@@ -24,7 +24,7 @@ from process_workers import NAME, NUMBERS, SCHEMA, vectors
 
 WORKERS = Path(__file__).with_name("process_workers.py")
 SOAK_SECONDS = float(os.environ.get("GPU_LANCE_SOAK_SECONDS", "600"))
-SLACK = 48 << 20  # bytes by which a process may grow whatever the table does
+SLACK = 32 << 20  # bytes by which a process may grow whatever the table does
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="the workers read their memory from /proc"
