@@ -14,7 +14,8 @@ import pyarrow as pa
 from gpu_lance.errors import QueryError, SchemaError
 from gpu_lance.lance_errors import asking, batches_of
 
-ROW_ID, ROW_ADDRESS, UPDATED = "_rowid", "_rowaddr", "_row_last_updated_at_version"
+ROW_ID, ROW_ADDRESS = "_rowid", "_rowaddr"
+CREATED, UPDATED = "_row_created_at_version", "_row_last_updated_at_version"
 
 # A block that is still in the processor's cache when it is copied and measured.
 BLOCK_BYTES = 2 << 20
@@ -57,6 +58,7 @@ def read_blocks(
     ndims: int,
     *,
     since: int | None = None,
+    inserted_only: bool = False,
     row_ids: np.ndarray | None = None,
     where: str | None = None,
 ) -> Iterator[Block]:
@@ -70,6 +72,8 @@ def read_blocks(
     ndims : int
     since : int, optional
         Only rows inserted or updated after that version; needs stable row ids.
+    inserted_only : bool
+        With `since`, only rows inserted after it.
     row_ids : numpy.ndarray, optional
         (n,) integers; only the rows with these ids, in no promised order. Ids that the dataset
         does not have are skipped, and repeated ones are read once.
@@ -116,7 +120,9 @@ def read_blocks(
             batches = _take(dataset, wanted, rows, names)
             return (_block(batch, column, ndims, width) for batch in batches)
         return _picked(read_blocks(dataset, column, ndims), wanted)
-    condition = where if since is None else f"{UPDATED} > {int(since)}"
+    condition = where
+    if since is not None:
+        condition = f"{CREATED if inserted_only else UPDATED} > {int(since)}"
     scan = functools.partial(
         dataset.to_batches,
         columns=names,
@@ -218,7 +224,9 @@ def _block(batch: pa.RecordBatch, column: str, ndims: int, width: int) -> Block:
     if values.null_count:
         whole = values.is_valid().to_numpy(zero_copy_only=False).reshape(n, ndims).all(axis=1)
         valid = whole if valid is None else valid & whole
-    updated = _int64(batch[UPDATED]) if UPDATED in batch.schema.names else np.zeros(n, np.int64)
+    updated = np.zeros(n, np.int64)
+    if UPDATED in batch.schema.names:
+        updated = _int64(batch[UPDATED].fill_null(0))
     return Block(vectors, _int64(batch[ROW_ID]), updated, valid)
 
 

@@ -1,14 +1,15 @@
-"""What changed in a Lance dataset, and reading a vector column in bounded memory.
+"""What differs between the rows that are held of a Lance dataset and another version of it.
 
-Lance's delta tells changed rows exactly, but only between versions of one unbroken history with
-stable row ids, and only for operations that it sees. Everything else answers "unknown" here, with
-the reason, and the index is read anew.
+Lance tells two ways. Its history names what each version did and which rows it deleted:
+`changes` follows it forward, for next to nothing. And each row carries the version of its last
+change: `difference` compares that row by row, between any two versions. Each knows of the
+operations that the other or itself is blind to, and says so: then the column is read anew.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -17,18 +18,19 @@ import lance
 import numpy as np
 import pyarrow as pa
 
-from gpu_lance.errors import QueryError, SchemaError
-from gpu_lance.lance_errors import batches_of, first_line, reading
+from gpu_lance.errors import SchemaError
+from gpu_lance.index.read import ROW_ADDRESS, ROW_ID, UPDATED, read_blocks
+from gpu_lance.lance_errors import asking, first_line, reading
 
-READ_ROWS = 8192
-
-# what the rows' vectors are after these, the delta knows
+# what these do to a row, its version of last change tells, and the delta
 ROW_OPERATIONS = {"Append", "Delete", "Update", "Rewrite"}
 # these touch no row; Project may drop or rename columns, which the column's field id shows
 QUIET_OPERATIONS = {"CreateIndex", "UpdateConfig", "Project"}
 # new columns, or an operation that pylance has no class for (reserving fragment ids before a
 # compaction is one): quiet if the files under the column are the same before and after
 OPAQUE_OPERATIONS = {"Merge", "BaseOperation"}
+
+GONE = (OSError, RuntimeError, ValueError)  # what pylance raises for a version that is not there
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,40 @@ class Mark:
         return cls(version["version"], version["timestamp"], _field_id(dataset, column))  # type: ignore[arg-type]
 
 
+class Held:
+    """A mark, and the data files that were under the column.
+
+    Parameters
+    ----------
+    mark : Mark
+    dataset : lance.LanceDataset
+        At that version, by a handle that nobody moves on.
+    """
+
+    def __init__(self, mark: Mark, dataset: lance.LanceDataset) -> None:
+        self.mark = mark
+        self._dataset = dataset
+
+    @classmethod
+    def of(cls, dataset: lance.LanceDataset, column: str) -> Held:
+        """What is held once the column was read; reads no file and costs 0.1 ms.
+
+        Raises
+        ------
+        SchemaError
+            If the dataset has no such column.
+        """
+        return cls(Mark.of(dataset, column), dataset.checkout_version(dataset.version))
+
+    @functools.cached_property
+    def files(self) -> Mapping[int, tuple[str, ...]]:
+        """By fragment, the files with the column's values, each name being used only once."""
+        return _files(self._dataset, self.mark.field_id)
+
+
 @dataclass(frozen=True)
 class Changes:
-    """The difference between two versions.
+    """What happened between two versions, by Lance's history.
 
     Parameters
     ----------
@@ -73,10 +106,31 @@ class Changes:
         (n,) int64 row ids.
     since : int or None
         Rows inserted or updated after this version are to be read again; None if no row was.
+    inserted_only : bool
+        Whether the updates were of other columns, so that only rows inserted after `since` need
+        be read.
     """
 
     deleted: np.ndarray
     since: int | None
+    inserted_only: bool = False
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What differs between the rows held and those of another version.
+
+    Parameters
+    ----------
+    gone : numpy.ndarray
+        (n,) int64 row ids that are held and are not in the version, or may have another vector
+        there.
+    read : numpy.ndarray
+        (n,) int64 row ids to read there: new ones, and those that may have another vector.
+    """
+
+    gone: np.ndarray
+    read: np.ndarray
 
 
 def _field_id(dataset: lance.LanceDataset, column: str) -> int:
@@ -88,14 +142,27 @@ def _field_id(dataset: lance.LanceDataset, column: str) -> int:
     )
 
 
-def changes(dataset: lance.LanceDataset, held: Mark, column: str) -> Changes | str:
+def _files(dataset: lance.LanceDataset, field_id: int) -> dict[int, tuple[str, ...]]:
+    found = {}
+    for fragment in dataset.get_fragments():
+        meta = fragment.metadata
+        paths = [file.path for file in meta.files if field_id in file.fields]
+        paths += [str(overlay) for overlay in meta.overlays]
+        found[meta.id] = tuple(paths)
+    return found
+
+
+# ------------------------------------------------------------------------ the history
+
+
+def changes(dataset: lance.LanceDataset, held: Held | Mark, column: str) -> Changes | str:
     """What happened between `held` and the dataset's version, or why that is not known.
 
     Parameters
     ----------
     dataset : lance.LanceDataset
         At the version to go to.
-    held : Mark
+    held : Held or Mark
         What the index holds.
     column : str
         The vector column.
@@ -103,137 +170,254 @@ def changes(dataset: lance.LanceDataset, held: Mark, column: str) -> Changes | s
     Returns
     -------
     Changes or str
-        The reason, as half a sentence, if the column must be read anew.
+        The reason, as half a sentence, if the history does not tell.
+
+    Examples
+    --------
+    >>> vector = pa.FixedSizeListArray.from_arrays(pa.array([0, 0, 3, 4], pa.float32()), 2)
+    >>> dataset = lance.write_dataset(
+    ...     pa.table({"vector": vector}), "memory://", enable_stable_row_ids=True
+    ... )
+    >>> held = Held.of(dataset, "vector")
+    >>> changes(dataset, held, "vector")
+    'version 1 is not newer than 1'
     """
+    mark = held.mark if isinstance(held, Held) else held
     now = Mark.of(dataset, column)
-    if now.version <= held.version:
-        return f"version {now.version} is not newer than {held.version}"
-    if now.field_id != held.field_id:
+    if now.version <= mark.version:
+        return f"version {now.version} is not newer than {mark.version}"
+    if now.field_id != mark.field_id:
         return "the column was replaced"
+    own = dataset.checkout_version(now.version)  # Lance locks the handle for its history
     try:
-        before = dataset.checkout_version(held.version)
-        if Mark.of(before, column) != held:
+        if Mark.of(own.checkout_version(mark.version), column) != mark:
             return "the table was replaced"
-        transactions = dataset.delta(compared_against=held.version).list_transactions()
-    except (OSError, RuntimeError, ValueError, SchemaError) as error:
+        operations = _operations(own, mark.version)
+    except (*GONE, SchemaError) as error:
         return f"its history is gone ({first_line(error)})"
-    except TypeError as error:  # pylance cannot read the compaction of a table with a B-tree
-        return f"its history cannot be read ({first_line(error)})"
-    if len(transactions) != now.version - held.version:
-        return "its history has gaps"
-    names = [type(transaction.operation).__name__ for transaction in transactions]
-    for version, name in enumerate(names, held.version + 1):
-        if name in OPAQUE_OPERATIONS and not _same_files(dataset, version, now.field_id):
-            return f"version {version} rewrote the column"
-        if name not in ROW_OPERATIONS | QUIET_OPERATIONS | OPAQUE_OPERATIONS:
-            return f"version {version} is a {name}"
+    names = [name for name, _ in operations]
+    for version, (name, operation) in enumerate(operations, mark.version + 1):
+        reason = _unseen(own, version, name, operation, now.field_id)
+        if reason is not None:
+            return reason
     if not ROW_OPERATIONS.intersection(names):
         return Changes(np.empty(0, np.int64), None)
     if not dataset.has_stable_row_ids:
         return "it has no stable row ids"
     try:
-        reader = dataset.delta(compared_against=held.version).get_deleted_row_ids()
-        deleted = _int64(reader.read_all()["_rowid"])
-    except (OSError, RuntimeError, ValueError) as error:
+        reader = own.delta(compared_against=mark.version).get_deleted_row_ids()
+        deleted = _int64(reader.read_all()[ROW_ID])
+    except GONE as error:
         return f"its history is gone ({first_line(error)})"
-    # if rows were only moved or deleted there is none to read, which this scan finds out cheaply
-    return Changes(deleted, held.version)
+    # if rows were only moved or deleted there is none to read, which a scan finds out cheaply
+    elsewhere = all(_elsewhere(op, now.field_id) for name, op in operations if name == "Update")
+    return Changes(deleted, mark.version, elsewhere)
+
+
+def _operations(dataset: lance.LanceDataset, after: int) -> list[tuple[str, Any]]:
+    """Name and operation of each version from `after` to the dataset's."""
+    count = dataset.version - after
+    try:
+        found = dataset.delta(compared_against=after).list_transactions()
+    except TypeError:  # see _operation
+        return [_operation(dataset, after + 1 + i) for i in range(count)]
+    if len(found) != count:
+        raise ValueError(f"{count - len(found)} of {count} versions are missing")
+    return [(type(each.operation).__name__, each.operation) for each in found]
+
+
+def _operation(dataset: lance.LanceDataset, version: int) -> tuple[str, Any]:
+    """Name and operation of a version."""
+    try:
+        transaction = dataset.read_transaction(version)
+    except TypeError as error:
+        # pylance cannot show the compaction of a table with a scalar index; its name is all
+        # that is needed
+        if "RewrittenIndex" not in str(error):
+            raise ValueError(first_line(error)) from error
+        return "Rewrite", None
+    if transaction is None:
+        raise ValueError(f"version {version} has no transaction")
+    return type(transaction.operation).__name__, transaction.operation
+
+
+def _unseen(
+    dataset: lance.LanceDataset, version: int, name: str, operation: Any, field_id: int
+) -> str | None:
+    """Why a version may have changed vectors of rows without marking the rows as changed."""
+    if name in OPAQUE_OPERATIONS:
+        return (
+            None
+            if _same_files(dataset, version, field_id)
+            else f"version {version} rewrote the column"
+        )
+    if name not in ROW_OPERATIONS | QUIET_OPERATIONS:
+        return f"version {version} is a {name}"
+    if name == "Update":
+        named = list(operation.fields_modified)
+        in_place = field_id in named or (operation.update_mode == "rewrite_columns" and not named)
+        marked = set(operation.updated_fragment_offsets or ())
+        if in_place and not marked.issuperset(f.id for f in operation.updated_fragments):
+            return f"version {version} rewrote the column"
+    return None
+
+
+def _elsewhere(update: Any, field_id: int) -> bool:
+    """Whether an update is known to have left the column as it was.
+
+    Lance lists the fields that an update set, to keep rewritten rows in the indexes of the other
+    columns; a merge lists all of them.
+    """
+    fields = list(update.fields_for_preserving_frag_bitmap)
+    return (
+        update.update_mode == "rewrite_rows"
+        and bool(fields)
+        and field_id not in fields
+        and field_id not in update.fields_modified
+    )
 
 
 def _same_files(dataset: lance.LanceDataset, version: int, field_id: int) -> bool:
     """Whether a version has the rows and the column's data files of the one before it."""
     try:
-        before, after = (_files(dataset, v, field_id) for v in (version - 1, version))
-    except (OSError, RuntimeError, ValueError):
+        before, after = (_rows_and_files(dataset, v, field_id) for v in (version - 1, version))
+    except GONE:
         return False
     return before == after
 
 
-def _files(dataset: lance.LanceDataset, version: int, field_id: int) -> list[Any]:
-    found: list[Any] = []
-    for fragment in dataset.checkout_version(version).get_fragments():
-        meta = fragment.metadata
-        paths = [file.path for file in meta.files if field_id in file.fields]
-        found.append((fragment.fragment_id, paths, meta.deletion_file, meta.overlays))
-    return found
+def _rows_and_files(dataset: lance.LanceDataset, version: int, field_id: int) -> list[Any]:
+    own = dataset.checkout_version(version)
+    deletions = [fragment.metadata.deletion_file for fragment in own.get_fragments()]
+    return [_files(own, field_id), deletions]
 
 
-def read_vectors(
+# --------------------------------------------------------------------- row by row
+
+
+def difference(
     dataset: lance.LanceDataset,
+    held: Held,
     column: str,
-    ndims: int,
-    since: int | None = None,
-    block_bytes: int = 64 << 20,
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The vectors of a column in blocks of bounded size.
+    row_ids: np.ndarray,
+    updated: np.ndarray,
+) -> Difference | str:
+    """What differs between rows that are held and the dataset's version, older or newer.
+
+    A row id with the same version of its last change has the same vector, in one history: that
+    is relied on if the history between the two versions is there and nothing in it rewrote the
+    column behind the rows' back. Otherwise it counts only for rows in data files that both
+    versions have, which never change.
 
     Parameters
     ----------
     dataset : lance.LanceDataset
+        At the version to go to.
+    held : Held
+        Where the rows are from.
     column : str
-    ndims : int
-    since : int, optional
-        Only rows inserted or updated after that version; needs stable row ids.
-    block_bytes : int
-        Most bytes of float32 vectors in a block.
-
-    Yields
-    ------
-    vectors : numpy.ndarray
-        (n, d) float32, from any float type. Overwritten by the next block.
+        The vector column.
     row_ids : numpy.ndarray
-        (n,) int64.
-    valid : numpy.ndarray
-        (n,) bool, False where the vector, or a value of it, is null.
+        (n,) int64, of the live rows held, each once.
+    updated : numpy.ndarray
+        (n,) int64, the versions of their last changes, as they were when the vectors were read.
+
+    Returns
+    -------
+    Difference or str
+        The reason, as half a sentence, if the column is better read anew.
 
     Raises
     ------
-    SchemaError
-        Unless the column is a fixed-size list of `ndims` floats.
+    StorageError
+        If a file is missing or damaged.
+
+    Examples
+    --------
+    >>> vector = pa.FixedSizeListArray.from_arrays(pa.array([0, 0, 3, 4], pa.float32()), 2)
+    >>> dataset = lance.write_dataset(
+    ...     pa.table({"vector": vector}), "memory://", enable_stable_row_ids=True
+    ... )
+    >>> held = Held.of(dataset, "vector")
+    >>> difference(dataset, held, "vector", np.array([0, 5]), np.array([1, 1]))
+    Difference(gone=array([5]), read=array([1]))
     """
-    _field_id(dataset, column)
-    kind = dataset.schema.field(column).type
-    if not (
-        pa.types.is_fixed_size_list(kind)
-        and pa.types.is_floating(kind.value_type)
-        and kind.list_size == ndims
-    ):
-        raise SchemaError(
-            f"Column {column!r} has type {kind}; the index wants a fixed-size list of {ndims} "
-            "floats."
-        )
-    newer = None if since is None else f"_row_last_updated_at_version > {since}"
-    scan = functools.partial(
-        dataset.to_batches, columns=[column], filter=newer, with_row_id=True, batch_size=READ_ROWS
-    )
-    room = max(1, min(block_bytes // (4 * ndims), max(dataset.count_rows(), 1)))
-    vectors = np.empty((room, ndims), np.float32)
-    row_ids, valid, used = np.empty(room, np.int64), np.empty(room, bool), 0
-    for whole in batches_of(scan):
-        while whole.num_rows:
-            batch = whole.slice(0, room - used)
-            whole = whole.slice(batch.num_rows)
-            stop = used + batch.num_rows
-            with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite
-                vectors[used:stop], valid[used:stop] = _matrix(batch[column], ndims)
-            row_ids[used:stop] = batch["_rowid"].to_numpy()
-            used = stop
-            if used == room:
-                yield vectors, row_ids, valid
-                used = 0
-    if used:
-        yield vectors[:used], row_ids[:used], valid[:used]
+    if not dataset.has_stable_row_ids:
+        return "it has no stable row ids"
+    now = Mark.of(dataset, column)
+    if now.field_id != held.mark.field_id:
+        return "the column was replaced"
+    own = dataset.checkout_version(now.version)
+    try:
+        if Mark.of(own.checkout_version(held.mark.version), column) != held.mark:
+            return "the table was replaced"
+        doubt = _doubt(own, held.mark.version, now.version, now.field_id)
+    except SchemaError:
+        return "the table was replaced"
+    except GONE as error:
+        if held.mark.version > own.latest_version:
+            return "the table was put back to an earlier state"
+        doubt = f"its history is gone ({first_line(error)})"
+    files = _files(own, now.field_id)
+    same = [
+        fragment
+        for fragment, paths in files.items()
+        if held.files.get(fragment, () if doubt else paths) == paths
+    ]
+    with reading():
+        table = own.scanner(columns=[UPDATED], with_row_id=True, with_row_address=True).to_table()
+    there = _int64(table[ROW_ID])
+    place = _places(row_ids, there)
+    kept = place >= 0
+    kept[kept] = updated[place[kept]] == _int64(table[UPDATED], missing=-1)[kept]
+    if len(same) < len(files):
+        kept &= np.isin(_int64(table[ROW_ADDRESS]) >> 32, same)
+    read = there[~kept]
+    if 2 * len(read) > len(there):
+        return doubt or "most rows changed"
+    stays = np.zeros(len(row_ids), bool)
+    stays[place[kept]] = True
+    return Difference(np.asarray(row_ids)[~stays], read)
 
 
-def _matrix(array: pa.FixedSizeListArray, ndims: int) -> tuple[np.ndarray, np.ndarray]:
-    """A view of the values (n, d), and which rows are whole (n,)."""
-    n = len(array)
-    values = array.values.slice(array.offset * ndims, n * ndims)
-    valid = np.ones(n, bool) if array.null_count == 0 else array.is_valid().to_numpy(False)
-    if values.null_count:
-        whole = values.is_valid().to_numpy(False).reshape(n, ndims)
-        valid = valid & whole.all(axis=1)
-    return values.to_numpy(zero_copy_only=False).reshape(n, ndims), valid
+def _doubt(dataset: lance.LanceDataset, one: int, other: int, field_id: int) -> str | None:
+    """Why the versions of last changes are not to be relied on between two versions."""
+    for version in _between(dataset, one, other):
+        reason = _unseen(dataset, version, *_operation(dataset, version), field_id)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _between(dataset: lance.LanceDataset, one: int, other: int) -> Iterator[int]:
+    """The versions that lead from the last common state to one or the other of two versions.
+
+    A version goes on from the one before it, and a restored one from where it was restored to.
+    """
+    while one != other:
+        one, other = min(one, other), max(one, other)
+        name, operation = _operation(dataset, other)
+        if name == "Restore":
+            other = int(operation.version)
+        else:
+            yield other
+            other -= 1
+
+
+def _places(row_ids: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Where in `row_ids` (n,) each of `there` (m,) is (m,) int64; -1 if it is not."""
+    if not len(row_ids) or not len(there):
+        return np.full(len(there), -1)
+    highest = int(max(row_ids.max(), there.max()))
+    if highest < 8 * (len(row_ids) + len(there)):  # a table is faster, if most of it is used
+        table = np.full(highest + 1, -1)
+        table[row_ids] = np.arange(len(row_ids))
+        return table[there]
+    order = np.argsort(row_ids, kind="stable")
+    place = np.searchsorted(row_ids, there, sorter=order)
+    place[place == len(row_ids)] = 0
+    place = order[place]
+    return np.where(row_ids[place] == there, place, -1)
 
 
 def matching_row_ids(dataset: lance.LanceDataset, where: str) -> np.ndarray:
@@ -244,14 +428,24 @@ def matching_row_ids(dataset: lance.LanceDataset, where: str) -> np.ndarray:
     QueryError
         If Lance does not understand the condition, with its words.
     """
-    try:
-        with reading():
-            table = dataset.scanner(columns=[], filter=where, with_row_id=True).to_table()
-    except ValueError as error:
-        raise QueryError(f"The filter {where!r} cannot be run: {first_line(error)}") from error
-    return _int64(table["_rowid"])
+    with asking(f"filter {where!r}"):
+        table = dataset.scanner(columns=[], filter=where, with_row_id=True).to_table()
+    return _int64(table[ROW_ID])
 
 
-def _int64(row_ids: pa.ChunkedArray) -> np.ndarray:
-    numbers: np.ndarray = row_ids.to_numpy().astype(np.int64)
-    return numbers
+def _int64(numbers: pa.ChunkedArray, *, missing: int = 0) -> np.ndarray:
+    if numbers.null_count:
+        numbers = numbers.fill_null(missing)
+    found: np.ndarray = numbers.to_numpy().astype(np.int64, copy=False)
+    return found
+
+
+def read_vectors(
+    dataset: lance.LanceDataset, column: str, ndims: int, since: int | None = None, **_: Any
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """What `read_blocks` gives, as (n, d) float32, row ids and which rows are whole."""
+    for block in read_blocks(dataset, column, ndims, since=since):
+        with np.errstate(over="ignore"):
+            vectors = block.vectors.astype(np.float32)
+        valid = np.ones(len(vectors), bool) if block.valid is None else block.valid
+        yield vectors, block.row_ids, valid
