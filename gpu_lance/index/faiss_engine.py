@@ -95,6 +95,8 @@ class FaissEngine:
         if n == 0 or m == 0 or not block.is_safe(metric, query_norms):
             return self._careful.nearest(block, metric, queries, query_norms, c)
         l2 = metric is Metric.L2
+        if self._resources is None and 1 < m <= FEW_QUERIES:  # FAISS's product, row by row
+            return self._careful.nearest(block, metric, queries, query_norms, c)
         if self._resources is None:
             scores, columns = self._on_cpu(block, l2, queries, min(c, n))
         else:
@@ -126,7 +128,7 @@ class FaissEngine:
                 faiss.omp_set_num_threads(threads)
             return scores, columns.add_(start)
 
-        kind = blas_threshold.LOOP if m <= FEW_QUERIES else blas_threshold.PRODUCT
+        kind = blas_threshold.LOOP if m == 1 else blas_threshold.PRODUCT
         with blas_threshold.at(faiss, kind):
             parts = in_slices(n, 4 * ndims, part)
         best = Best(c)

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     import torch
 
 SCORE_BYTES = 64 << 20  # of scores and temporaries of their size in flight
-CACHE_BYTES = 3 << 19  # of float32 vectors: a tile that stays in a core's cache
+WIDE_BYTES = 4 << 20  # of float16 rows widened at a time on the CPU; it stays in the cache
+LOOP_BYTES = 3 << 18  # of float32 rows that a core reads again for each query
 
 
 class TorchEngine:
@@ -109,22 +110,19 @@ class TorchEngine:
         torch = require("torch", extra=EXTRAS)
         m, (n, ndims) = len(queries), vectors.shape
         loops = self._faiss is not None and vectors.device.type == "cpu" and m <= FEW_QUERIES
-        exact = vectors.dtype == torch.float32
-        if exact and not loops:
-            return queries @ vectors.T
-        out = queries.new_empty((m, n))
-        if exact and m == 1:
-            size = 4 * ndims
-            in_slices(n, size, lambda a, b: self._loop(queries, vectors[a:b], out[:, a:b]))
+        if vectors.dtype == torch.float32:
+            if not loops:
+                return queries @ vectors.T
+            out = queries.new_empty((m, n))
+            in_slices(n, 4 * ndims, lambda a, b: self._loop(queries, vectors[a:b], out[:, a:b]))
             return out
-        # float16 is widened, and read again for each query, where a cache still holds it
-        most = CACHE_BYTES if vectors.device.type == "cpu" else SCORE_BYTES
+        out = queries.new_empty((m, n))
+        most = WIDE_BYTES if vectors.device.type == "cpu" else SCORE_BYTES
         step = min(n, max(1, most // (4 * ndims)))
-        buffer = None if exact else queries.new_empty((step, ndims))
+        buffer = queries.new_empty((step, ndims))
         for start in range(0, n, step):
             part = vectors[start : start + step]
-            if buffer is not None:
-                part = buffer[: len(part)].copy_(part)
+            part = buffer[: len(part)].copy_(part)
             if loops:
                 self._loop(queries, part, out[:, start : start + step])
             else:
@@ -132,13 +130,20 @@ class TorchEngine:
         return out
 
     def _loop(self, queries: torch.Tensor, vectors: torch.Tensor, out: torch.Tensor) -> None:
-        """Both are contiguous, and so is each line of `out`."""
+        """Contiguous queries and vectors; each line of `out` is contiguous, too."""
         pointer, (n, ndims) = self._faiss.cast_integer_to_float_ptr, vectors.shape
-        for line, query in zip(out, queries, strict=True):
-            self._faiss.fvec_inner_products_ny(
-                pointer(line.data_ptr()), pointer(query.data_ptr()), pointer(vectors.data_ptr()),
-                ndims, n,
-            )  # fmt: skip
+        step = n if len(queries) == 1 else max(1, LOOP_BYTES // (4 * ndims))
+        x, line = vectors.data_ptr(), 4 * out.stride(0)
+        for start in range(0, n, step):
+            rows = pointer(x + 4 * ndims * start)
+            for i in range(len(queries)):
+                self._faiss.fvec_inner_products_ny(
+                    pointer(out.data_ptr() + line * i + 4 * start),
+                    pointer(queries.data_ptr() + 4 * ndims * i),
+                    rows,
+                    ndims,
+                    min(step, n - start),
+                )
 
 
 def _finish(
