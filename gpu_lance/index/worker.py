@@ -304,12 +304,14 @@ class Worker:
                         self._answer(group)
                     group = []  # idle, it holds on to nothing
         except BaseException as error:  # not of a search, whose errors go to its caller
-            logger.warning("search worker of %s: %r", self.device, error)
+            if self._ending is None:
+                logger.warning("search worker of %s: %r", self.device, error)
             self._resign()
             while not self._inbox.empty():
                 waiting.append(self._inbox.get())
+            reason = str(error) if isinstance(error, DeviceError) else repr(error)
             for request in (*group, *waiting):
-                request.error = DeviceError(f"The searches on {self.device} stopped: {error!r}")
+                request.error = DeviceError(f"No search on {self.device}: {reason}")
                 request.finish()
 
     def _gather(self, waiting: deque[_Request]) -> bool:
@@ -343,11 +345,11 @@ class Worker:
     def _choose(waiting: deque[_Request]) -> list[_Request]:
         """Take the first request and those that may share its run out of `waiting`."""
         alive = [request for request in waiting if not request.abandoned]
-        waiting.clear()
         if not alive:
+            waiting.clear()
             return []
         first, *others = alive
-        group, rows = [first], first.rows
+        group, rest, rows = [first], [], first.rows
         low = high = max(first.k, SMALL_K)
         for request in others:
             k = max(request.k, SMALL_K)
@@ -361,7 +363,9 @@ class Worker:
                 rows += request.rows
                 low, high = min(low, k), max(high, k)
             else:
-                waiting.append(request)
+                rest.append(request)
+        waiting.clear()
+        waiting.extend(rest)
         return group
 
     def _answer(self, group: list[_Request]) -> None:
