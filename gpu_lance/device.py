@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gpu_lance import host_memory
 from gpu_lance.errors import BadInputError, DeviceError
 from gpu_lance.forks import ForkGuard
 from gpu_lance.optional import require
@@ -242,7 +243,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be taken on `device`: free memory plus torch's unused cache.
 
-    On the CPU it is what the system calls available.
+    On the CPU it is what the system calls available, and no more than the limits of a container
+    or of the process leave (:func:`gpu_lance.host_memory.available`).
 
     Examples
     --------
@@ -257,11 +259,11 @@ def free_memory(device: torch.device) -> int:
         return int(free + cached)
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    return _host_memory()
+    return host_memory.available()
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of memory that `device` has, free or not; on the CPU those of the machine.
+    """Bytes of memory of `device`, free or not; on the CPU the machine's, or the process's limit.
 
     Examples
     --------
@@ -274,9 +276,7 @@ def total_memory(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[1])
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory())
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return _host_memory()
+    return host_memory.total()
 
 
 def release_cache(device: torch.device) -> None:
@@ -296,19 +296,6 @@ def make_room(device: torch.device, size: int) -> None:
     torch = require("torch", extra="cpu|cuda13|cuda12")
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < size:
         release_cache(device)
-
-
-def _host_memory() -> int:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return 4 << 30  # neither Linux nor POSIX: a modest guess
 
 
 def as_tensor(values: Any, device: torch.device | None = None) -> torch.Tensor:

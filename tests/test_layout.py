@@ -23,7 +23,7 @@ PACKAGE = "gpu_lance"
 # folders of one level, never know each other.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "optional", "types", "forks"),
-    ("device", "lance_errors", "storage", "catalog"),
+    ("device", "host_memory", "lance_errors", "storage", "catalog"),
     ("kernels",),
     ("media",),
     ("embeddings", "index"),
