@@ -106,7 +106,7 @@ def test_tiles_and_slices_change_nothing(
             ask = (block, metric, q, lengths, 30)
             wanted, some = engine.nearest(*ask), engine.nearest(*ask, rows=rows)
             with monkeypatch.context() as patch:
-                patch.setattr(torch_engine, "SCORE_BYTES", 16 * m * 50)
+                patch.setattr(torch_engine, "CACHED_SCORE_BYTES", 16 * m * 50)
                 patch.setattr(torch_engine, "WIDE_BYTES", 4 * 24 * 7)
                 patch.setattr(torch_engine, "LOOP_BYTES", 4 * 24 * 11)
                 patch.setattr(threads, "SLICE_BYTES", 24 * 4 * 60)

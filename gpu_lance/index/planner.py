@@ -29,9 +29,11 @@ EXTRAS = "cpu|cuda13|cuda12"
 WORTH_BYTES = 16 << 20  # of vectors; a smaller table is searched before it is measured
 SAMPLE_BYTES = {False: 64 << 20, True: 16 << 20}  # few queries must not fit a cache; by `many`
 MANY = 64  # queries in a measurement of many
-ROUNDS = 3
+ROUNDS = {False: 5, True: 3}  # by `many`
 CANDIDATES = 26  # of ten rows
 SHARE = {False: 0.2, True: 0.5}  # of the rows, below which they are gathered, by `many`
+SHARE_BY_FAISS_ON_CPU = {False: 0.25, True: 0.8}  # there it is far ahead of a masked product
+BOUNDS = {False: (0.02, 0.4), True: (0.1, 1.0)}  # of that share, however noisy the machine is
 
 Key = tuple["torch.dtype", int, bool, bool]  # dtype, bits of ndims, l2, many queries
 
@@ -83,6 +85,8 @@ class Planner:
         self._lock = threading.Lock()
         self._choices: dict[Key, Choice] = {}
         self._shares: dict[tuple[int, bool], float] = {}
+        on_cpu = module is not None and device.type == "cpu"
+        self._share = SHARE_BY_FAISS_ON_CPU if on_cpu else SHARE
         self._last = Choice(self._faiss or self.masked, why)
 
     @classmethod
@@ -133,7 +137,7 @@ class Planner:
     def gathers(self, n: int, passing: int, m: int, ndims: int) -> bool:
         """Whether `passing` of n rows are gathered and searched; else all are, with a mask."""
         many = m > FEW_QUERIES
-        return passing < n * self._shares.get((ndims.bit_length(), many), SHARE[many])
+        return passing < n * self._shares.get((ndims.bit_length(), many), self._share[many])
 
     def info(self) -> dict[str, Any]:
         """``engine`` and ``reason`` of the last choice; ``gathered`` below which shares of rows."""
@@ -176,13 +180,18 @@ class Planner:
             some = torch.arange(0, rows, 8, device=self.device)  # not neighbours
             ask = (block, metric, queries, lengths, CANDIDATES)
             fast, plain = self._faiss.nearest, self.masked.nearest
-            faiss, torch_, dense = self._best(
-                lambda: fast(*ask), lambda: plain(*ask), lambda: plain(*ask, mask=mask)
+            faiss, torch_, dense, gathered = _best(
+                self.device,
+                ROUNDS[many],
+                lambda: fast(*ask),
+                lambda: plain(*ask),
+                lambda: plain(*ask, mask=mask),
+                lambda: fast(*ask, rows=some),
             )
-            engine: Engine = self._faiss if faiss <= torch_ else self.masked
-            (gathered,) = self._best(lambda: engine.nearest(*ask, rows=some))
+        engine: Engine = self._faiss if faiss <= torch_ else self.masked
+        low, high = BOUNDS[many]
         share = dense / (gathered * rows / len(some))
-        self._shares[key[1], many] = min(0.9, max(0.02, share))
+        self._shares[key[1], many] = min(high, max(low, share))
         reason = (
             f"{self._why}; {len(queries)} queries over {rows} rows: {self._faiss.name} "
             f"{1e3 * faiss:.3g} ms, torch {1e3 * torch_:.3g} ms, masked {1e3 * dense:.3g} ms"
@@ -190,23 +199,25 @@ class Planner:
         logger.info("index: %s on %s (%s)", engine.name, self.device, reason)
         return Choice(engine, reason)
 
-    def _best(self, *works: Callable[[], Any]) -> list[float]:
-        """Seconds of each, the best of interleaved rounds after one to warm up."""
-        seconds = [float("inf")] * len(works)
-        for turn in range(ROUNDS + 1):
-            for i, work in enumerate(works):
-                self._wait()
-                start = time.perf_counter()
-                work()
-                self._wait()
-                if turn:
-                    seconds[i] = min(seconds[i], time.perf_counter() - start)
-        return seconds
 
-    def _wait(self) -> None:
-        torch = require("torch", extra=EXTRAS)
-        if self.device.type in ("cuda", "mps"):
-            getattr(torch, self.device.type).synchronize()
+def _best(device: torch.device, rounds: int, *works: Callable[[], Any]) -> list[float]:
+    """Seconds of each, the best of interleaved rounds after one to warm up."""
+    torch = require("torch", extra=EXTRAS)
+
+    def wait() -> None:
+        if device.type in ("cuda", "mps"):
+            getattr(torch, device.type).synchronize()
+
+    seconds = [float("inf")] * len(works)
+    for turn in range(rounds + 1):
+        for i, work in enumerate(works):
+            wait()
+            start = time.perf_counter()
+            work()
+            wait()
+            if turn:
+                seconds[i] = min(seconds[i], time.perf_counter() - start)
+    return seconds
 
 
 def _unserved(metric: Metric, block_dtype: torch.dtype, c: int) -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 SCORE_BYTES = 64 << 20  # of scores and temporaries of their size in flight
+CACHED_SCORE_BYTES = 16 << 20  # on the CPU: new memory and its page faults cost more than tiles
 WIDE_BYTES = 4 << 20  # of float16 rows widened at a time on the CPU; it stays in the cache
 LOOP_BYTES = 3 << 18  # of float32 rows that a core reads again for each query
 
@@ -84,7 +85,8 @@ class TorchEngine:
             return queries.new_empty((m, 0)), queries.new_empty((m, 0), dtype=torch.int64)
         safe = block.is_safe(metric, query_norms)
         factors = queries * -2 if metric is Metric.L2 else -queries
-        step = max(1, SCORE_BYTES // (16 * m))
+        most = CACHED_SCORE_BYTES if queries.device.type == "cpu" else SCORE_BYTES
+        step = max(1, most // (16 * m))
         best = Best(c)
         for start in range(0, n, step):
             stop = min(start + step, n)
