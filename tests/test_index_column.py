@@ -20,8 +20,11 @@ import torch
 from lance.fragment import write_fragments
 
 from gpu_lance.errors import BadVectorError, IndexBackendError, QueryError, SchemaError
-from gpu_lance.index import ColumnIndex, FlatIndex, SearchResult
+from gpu_lance.index import ColumnIndex, SearchResult
 from gpu_lance.index import column as column_module
+from gpu_lance.index import follow as follow_module
+from gpu_lance.index.budget import Budget
+from gpu_lance.index.store import ResidentStore
 from gpu_lance.types import Metric
 
 D = 6
@@ -90,9 +93,8 @@ def expected(
     elif metric is Metric.DOT:
         d = 1 - q @ x.T
     else:
-        unit = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32).astype(float)
-        lengths = np.linalg.norm(q, axis=1)[:, None] * np.linalg.norm(unit, axis=1)[None]
-        d = 1 - q @ unit.T / lengths
+        lengths = np.linalg.norm(q, axis=1)[:, None] * np.linalg.norm(x, axis=1)[None]
+        d = 1 - q @ x.T / lengths
     result = SearchResult.empty(len(q), k)
     for line, row in enumerate(d.astype(np.float32)):
         inside = (row >= lower) & (row < upper)
@@ -129,23 +131,23 @@ def test_loads_and_searches(n: int, metric: Metric, index: ColumnIndex, path: st
     info = index.info()
     assert info["rows"] == n - sum(i < n for i in (3, 50))
     assert info["version"] == dataset.version
-    assert info["metrics"] == [metric.value]
+    assert info["step"] == "float32"
     assert info["scanned"] == info["rows"]
     assert kind(index) == "rebuild"
 
 
-def test_all_metrics_stay_in_step_and_read_the_table_once(
+def test_all_metrics_are_of_one_store_that_reads_the_table_once(
     index: ColumnIndex, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = create(path, rows(0, 200, null=(7,)))
     reads = []
-    honest = column_module.read_vectors
+    honest = follow_module.read_blocks
 
     def counted(*arguments: Any, **more: Any) -> Any:
         reads.append(1)
         return honest(*arguments, **more)
 
-    monkeypatch.setattr(column_module, "read_vectors", counted)
+    monkeypatch.setattr(follow_module, "read_blocks", counted)
     for metric in (Metric.DOT, Metric.L2, Metric.COSINE):
         check(index, dataset, metric)
     assert len(reads) == 1
@@ -259,11 +261,11 @@ CHANGES = {
         lambda ds, p: lance.write_dataset(rows(0, 90, seed=8), p, mode="overwrite"),
     ),
     "restore": (
-        "rebuild",
+        "difference",
         lambda ds, p: (ds.delete("id < 99"), lance.dataset(p, version=1).restore()),
     ),
     "cleaned up": (
-        "rebuild",
+        "difference",
         lambda ds, p: (
             ds.delete("id < 9"),
             ds.delete("id < 12"),
@@ -334,10 +336,37 @@ def test_a_reader_behind_an_appending_writer_costs_no_rebuild(
     assert index.info()["scanned"] == 40
     check(index, new, k=60)
     assert index.info()["refresh"] == refreshed
-    new.delete("id = 4")  # now the older versions differ by more than added rows
+    new.delete("id = 4")
+    new.update({"vector": "[1, 2, 3, 4, 5, 6]"}, where="id = 7")
     check(index, lance.dataset(path), k=60)
-    check(index, old, k=60)
-    assert kind(index) == "rebuild"
+    refreshed = index.info()["refresh"]
+    for dataset in (old, new, lance.dataset(path, version=2)):
+        check(index, dataset, k=60)
+    assert index.info()["refresh"] == refreshed
+
+
+def test_two_versions_by_turns_read_what_differs_once(
+    index: ColumnIndex, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create(path, rows(0, 100))
+    lance.dataset(path).update({"vector": "[1, 2, 3, 4, 5, 6]"}, where="id < 5")
+    lance.dataset(path).delete("id = 50")
+    new, old = lance.dataset(path), lance.dataset(path, version=1)
+    check(index, new)
+    read: list[int] = []
+    honest = follow_module.read_blocks
+
+    def counted(*arguments: Any, **more: Any) -> Any:
+        for block in honest(*arguments, **more):
+            read.append(len(block.row_ids))
+            yield block
+
+    monkeypatch.setattr(follow_module, "read_blocks", counted)
+    for _ in range(3):
+        check(index, old, k=100)
+        assert kind(index) == "difference"
+        check(index, new, k=100)
+    assert sum(read) == 6
 
 
 def test_a_table_made_anew_under_the_same_path(index: ColumnIndex, path: str) -> None:
@@ -395,7 +424,7 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*arguments: Any, **more: Any) -> Any:
         raise AssertionError("the vectors were read from Lance")
 
-    monkeypatch.setattr(column_module, "read_vectors", read)
+    monkeypatch.setattr(follow_module, "read_blocks", read)
 
 
 def test_append_takes_the_tensors(index: ColumnIndex, path: str, unread: None) -> None:
@@ -464,7 +493,7 @@ def test_append_without_memory_is_left_to_the_next_search(
         def full(*arguments: Any) -> None:
             raise RuntimeError("CUDA error: out of memory")
 
-        patch.setattr(FlatIndex, "add", full)
+        patch.setattr(ResidentStore, "add", full)
         index.append(before, dataset, vectors, ids)
         assert "dropped after an add" in caplog.text
         with pytest.raises(IndexBackendError, match="does not fit"):
@@ -483,7 +512,7 @@ def test_half_a_change_is_never_searched(
             yield from ()
             raise OSError("the disk is gone")
 
-        patch.setattr(column_module, "read_vectors", broken)
+        patch.setattr(follow_module, "read_blocks", broken)
         with pytest.raises(OSError, match="disk"):
             check(index, dataset)
     assert index.info()["version"] is None
@@ -553,10 +582,47 @@ def test_bad_filters(where: str, index: ColumnIndex, path: str) -> None:
 
 
 @pytest.mark.parametrize("type_", [pa.float16(), pa.float64()])
-def test_other_float_types_are_held_as_float32(
-    type_: pa.DataType, index: ColumnIndex, path: str
+def test_other_float_types(type_: pa.DataType, index: ColumnIndex, path: str) -> None:
+    dataset = create(path, rows(0, 150, type_=type_, null=(2,)))
+    for metric in Metric:
+        check(index, dataset, metric, k=30)
+        check(index, dataset, metric, where="id % 3 = 0", lower=0.5)
+    assert index.info()["step"] == ("float16" if type_ == pa.float16() else "float32")
+
+
+@pytest.mark.parametrize("type_", [pa.float16(), pa.float32(), pa.float64()])
+@pytest.mark.parametrize("limit", [20_000, 12_000, 100])
+def test_within_a_budget_the_answer_is_the_same(
+    limit: int, type_: pa.DataType, device: torch.device, path: str
 ) -> None:
-    check(index, create(path, rows(0, 150, type_=type_, null=(2,))))
+    """500 rows of 6 values take 23 kB as float32 and 17 kB as float16 on the CPU."""
+    dataset = create(path, rows(0, 500, type_=type_, null=(2,)))
+    steps = set()
+    with ColumnIndex("vector", D, device, Budget(device, limit)) as index:
+        for _ in range(2):
+            for metric in Metric:
+                check(index, dataset, metric, k=30)
+                check(index, dataset, metric, k=600)
+                check(index, dataset, metric, where="id % 3 = 0", lower=0.5, upper=3.0)
+            steps.add(index.info()["step"])
+            dataset.delete("id % 50 = 1")
+            dataset.update({"vector": "[1, 2, 3, 4, 5, 6]"}, where="id % 40 = 3")
+            dataset = lance.write_dataset(rows(500, 520, type_=type_), path, mode="append")
+        check(index, dataset)
+    assert steps == {"float16" if limit == 20_000 else "lance"}
+
+
+def test_columns_make_room_for_each_other(device: torch.device, tmp_path: Path) -> None:
+    budget = Budget(device, 60_000)
+    made = [
+        (ColumnIndex("vector", D, device, budget), create(str(tmp_path / name), rows(0, 500)))
+        for name in ("a.lance", "b.lance", "c.lance")
+    ]
+    for index, dataset in (*made, *made):
+        check(index, dataset)
+        assert index.info()["step"] == "float32"
+        assert budget.held <= 60_000
+    assert [index.info()["rows"] for index, _ in made] == [0, 500, 500]
 
 
 # ------------------------------------------------------------------- bad requests
@@ -581,22 +647,12 @@ def test_bad_requests(device: torch.device, path: str) -> None:
     check(index, dataset)
 
 
-def test_what_does_not_fit_is_refused_before_it_is_read(
-    index: ColumnIndex, path: str, monkeypatch: pytest.MonkeyPatch, unread: None
-) -> None:
-    dataset = create(path, rows(0, 10))
-    monkeypatch.setattr(column_module, "free_memory", lambda device: 100)
-    with pytest.raises(IndexBackendError, match=r"needs .* GiB .* are free.*\."):
-        check(index, dataset)
-    assert index.info()["version"] is None
-
-
 def test_close_and_search_again(index: ColumnIndex, path: str) -> None:
     dataset = create(path, rows(0, 30))
     check(index, dataset)
     index.close()
-    assert index.info()["rows"] == 0
-    assert index.info()["engine"] is None
+    assert index.info()["rows"] == index.info()["bytes"] == 0
+    assert index.info()["version"] is None
     check(index, dataset)
 
 

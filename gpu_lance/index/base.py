@@ -13,6 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+    from gpu_lance.index.snapshot import Mask
     from gpu_lance.types import Metric
 
 
@@ -86,14 +87,14 @@ class VectorIndex(ABC):
         queries: torch.Tensor,
         k: int,
         *,
-        allowed: torch.Tensor | None = None,
+        allowed: Mask | None = None,
         lower: float | None = None,
         upper: float | None = None,
     ) -> SearchResult:
         """The `k` nearest allowed rows of each query with lower <= distance < upper."""
 
     @abstractmethod
-    def mask(self, row_ids: np.ndarray) -> torch.Tensor:
+    def mask(self, row_ids: np.ndarray) -> Mask:
         """What `search` takes as `allowed` so that only those rows qualify."""
 
     @abstractmethod

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import threading
-import time
+import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpu_lance.device import check_threads, free_memory, is_out_of_memory
-from gpu_lance.errors import IndexBackendError
-from gpu_lance.index.base import SearchResult, VectorIndex
-from gpu_lance.index.flat import FlatIndex, block_bytes
-from gpu_lance.index.sync import Changes, Mark, changes, matching_row_ids, read_vectors
-from gpu_lance.optional import require
-from gpu_lance.storage import operation_of
+from gpu_lance.device import check_threads
+from gpu_lance.index.base import SearchResult
+from gpu_lance.index.budget import Budget
+from gpu_lance.index.exact import ExactSearch, check_k
+from gpu_lance.index.follow import Follower, stored_dtype
+from gpu_lance.index.planner import Planner
+from gpu_lance.index.read import read_blocks
+from gpu_lance.index.snapshot import Mask, Snapshot
+from gpu_lance.index.stream import lookup, stream
+from gpu_lance.index.sync import Mark, matching_row_ids
+from gpu_lance.index.worker import Worker
 from gpu_lance.types import Metric
 
 if TYPE_CHECKING:
@@ -26,11 +30,8 @@ if TYPE_CHECKING:
     import lance
     import torch
 
-logger = logging.getLogger(__name__)
-
-HEADROOM = 1.1
 CACHED_FILTERS = 16
-KEPT_VERSIONS = 64
+CACHED_BYTES = 64 << 20
 # what such a condition holds for is another thing each time; names of columns count too, which
 # costs only the cache
 _VOLATILE = re.compile(r"\b(now|today|random|rand|uuid|current_\w+)\b", re.IGNORECASE)
@@ -39,13 +40,14 @@ _VOLATILE = re.compile(r"\b(now|today|random|rand|uuid|current_\w+)\b", re.IGNOR
 class ColumnIndex:
     """Searches one vector column of a table at the version that the caller asks for.
 
-    It holds one :class:`FlatIndex` for each metric that was searched by, made on first use from
-    the table, or from another one's vectors where those are the stored ones. Before a search it
-    brings them to the dataset's version: by Lance's delta where that is known to be complete, by
-    reading the column anew where it is not. While rows are only added, versions of a moment ago
-    are still answered, so that searches in other threads are not disturbed by a writer.
+    The column's vectors are held on the device once, for every metric, in the form for which the
+    memory budget has room; see :mod:`gpu_lance.index.plan`. Before a search they are brought to
+    the dataset's version; see :class:`~gpu_lance.index.follow.Follower`. A search works on a
+    snapshot of that version, so writers and searches of other versions disturb it in nothing. A
+    column that is not held is read from Lance for each search, and the answer is the same.
 
-    Any number of threads may use it; one at a time does.
+    Any number of threads may use it. Their searches are computed by the device's one worker,
+    those that wait at the same time together.
 
     Parameters
     ----------
@@ -54,7 +56,9 @@ class ColumnIndex:
     ndims : int
         Length of its vectors.
     device : torch.device
-        Where the vectors are held and searched.
+        Where the vectors are searched.
+    budget : Budget, optional
+        What the memory is counted by; None for the one that everything on the device shares.
 
     Examples
     --------
@@ -68,19 +72,19 @@ class ColumnIndex:
     [[1.0]]
     """
 
-    def __init__(self, column: str, ndims: int, device: torch.device) -> None:
+    def __init__(
+        self, column: str, ndims: int, device: torch.device, budget: Budget | None = None
+    ) -> None:
         self.column = column
         self.ndims = int(ndims)
         self.device = device
-        self._lock = threading.RLock()
-        self._indexes: dict[Metric, FlatIndex] = {}
-        self._held: Mark | None = None
-        # earlier versions that differ only by rows added since: the slots that they had
-        self._earlier: OrderedDict[Mark, dict[Metric, int]] = OrderedDict()
-        self._filters: OrderedDict[tuple[Mark, Metric, str], torch.Tensor] = OrderedDict()
-        self._refresh: dict[str, Any] = {"kind": "none", "reason": None, "seconds": 0.0}
+        self._follower = Follower(column, self.ndims, device, budget or Budget.of(device))
+        self._planner = Planner.of(device)
+        # weak: a filter keeps no rows in memory
+        self._filters: OrderedDict[tuple[Mark, str], tuple[weakref.ref[Snapshot], Mask]]
+        self._filters = OrderedDict()
+        self._filters_lock = threading.Lock()
         self._scanned = 0
-        self._warned = False
 
     # ---------------------------------------------------------------- searching
 
@@ -122,147 +126,73 @@ class ColumnIndex:
         BadVectorError
             If a query holds NaN or infinity.
         IndexBackendError
-            If the column does not fit on the device.
+            If the device has no memory for what was planned.
         """
         metric = Metric.parse(metric)
         check_threads()
-        with self._lock:
-            visible = self._follow(dataset, metric)
-            index = self._indexes[metric]
-            allowed = None
-            if where is not None:
-                allowed = self._allowed(dataset, index, where)
-            elif visible is not None:
-                torch = require("torch", extra="cpu|cuda13|cuda12")
-                allowed = torch.arange(index.num_slots, device=self.device) < visible
-            self._scanned = len(index) if allowed is None else int(allowed.sum())
-            return index.search(queries, k, allowed=allowed, lower=lower, upper=upper)
+        check_k(k)
+        mark = Mark.of(dataset, self.column)
+        snapshot = self._follower.at(dataset, mark)
+        worker = Worker.of(self.device)
+        if snapshot is None:
+            return self._streamed(dataset, worker, queries, k, metric, where, lower, upper)
+        allowed = None if where is None else self._allowed(dataset, mark, snapshot, where)
+        self._scanned = snapshot.num_live if allowed is None else allowed.count
+        stored = None
+        if snapshot.dtype.itemsize < stored_dtype(dataset, self.column, self.ndims).itemsize:
+            stored = lookup(dataset, self.column, snapshot)
+        exact = ExactSearch(snapshot, metric, self._planner, stored)
 
-    def _allowed(self, dataset: lance.LanceDataset, index: FlatIndex, where: str) -> torch.Tensor:
+        def run(some: torch.Tensor, k: int) -> SearchResult:
+            return exact.search(some, k, allowed=allowed, lower=lower, upper=upper)
+
+        key = (id(snapshot), metric, None if allowed is None else id(allowed), lower, upper)
+        return worker.search(key, queries, k, run)
+
+    def _streamed(
+        self,
+        dataset: lance.LanceDataset,
+        worker: Worker,
+        queries: torch.Tensor,
+        k: int,
+        metric: Metric,
+        where: str | None,
+        lower: float | None,
+        upper: float | None,
+    ) -> SearchResult:
+        def run(
+            search: Callable[[torch.Tensor, int], SearchResult], some: torch.Tensor, k: int
+        ) -> SearchResult:
+            return worker.search(id(search), some, k, search)
+
+        blocks = read_blocks(dataset, self.column, self.ndims, where=where)
+        result, self._scanned = stream(
+            blocks, self.ndims, metric, self._planner, self.device, queries, k, lower, upper, run
+        )
+        return result
+
+    def _allowed(
+        self, dataset: lance.LanceDataset, mark: Mark, snapshot: Snapshot, where: str
+    ) -> Mask:
+        """The rows that meet a condition."""
         if _VOLATILE.search(where):
-            return index.mask(matching_row_ids(dataset, where))
-        key = (Mark.of(dataset, self.column), index.metric, where)
-        cached = self._filters.get(key)
-        if cached is None or len(cached) != index.num_slots:
-            cached = index.mask(matching_row_ids(dataset, where))
-            self._filters[key] = cached
-            if len(self._filters) > CACHED_FILTERS:
-                self._filters.popitem(last=False)
-        self._filters.move_to_end(key)
-        return cached
-
-    # ---------------------------------------------------------------- following
-
-    def _follow(self, dataset: lance.LanceDataset, metric: Metric) -> int | None:
-        """Hold `metric` at the dataset's version.
-
-        Returns the number of leading slots that this version has, or None for all.
-        """
-        wanted = Mark.of(dataset, self.column)
-        if wanted in self._earlier and metric in self._earlier[wanted]:
-            return self._earlier[wanted][metric]
-        start = time.perf_counter()
-        kind, reason = "none", None
-        try:
-            if self._held is not None and wanted != self._held:
-                found = changes(dataset, self._held, self.column)
-                if isinstance(found, Changes):
-                    self._apply(dataset, found)
-                    kind = "delta" if found.since is not None else "unchanged"
-                    self._move_to(wanted)
-                else:
-                    reason = found
-                    self._drop()
-                    if not dataset.has_stable_row_ids and not self._warned:
-                        self._warned = True
-                        logger.warning(
-                            "The table of column %r has no stable row ids, so its index is "
-                            "rebuilt after every change. Tables created by gpu_lance have them; "
-                            "to get them, copy this one into a new table.",
-                            self.column,
-                        )
-            if metric not in self._indexes:
-                kind = self._load(dataset, metric)
-                self._held = wanted
-        except BaseException as error:
-            self._drop()  # half a change is never searched
-            if is_out_of_memory(error) and not isinstance(error, IndexBackendError):
-                raise IndexBackendError(
-                    f"Column {self.column!r} does not fit on {self.device}: {error}. Free memory "
-                    "there, or open the table with device='cpu'."
-                ) from error
-            raise
-        if kind != "none":
-            seconds = time.perf_counter() - start
-            self._refresh = {"kind": kind, "reason": reason, "seconds": seconds}
-            logger.debug("index of %r: %s (%s) in %.3f s", self.column, kind, reason, seconds)
-        return None
-
-    def _apply(self, dataset: lance.LanceDataset, found: Changes) -> None:
-        self._remember()
-        torch = require("torch", extra="cpu|cuda13|cuda12")
-        removed = sum(index.remove(found.deleted) for index in self._indexes.values())
-        if found.since is not None:
-            for vectors, row_ids, valid in read_vectors(
-                dataset, self.column, self.ndims, found.since
+            return snapshot.mask(matching_row_ids(dataset, where))
+        key = (mark, where)
+        with self._filters_lock:
+            cached = self._filters.get(key)
+            if cached is not None and cached[0]() is snapshot:
+                self._filters.move_to_end(key)
+                return cached[1]
+        made = snapshot.mask(matching_row_ids(dataset, where))
+        with self._filters_lock:
+            self._filters[key] = (weakref.ref(snapshot), made)
+            self._filters.move_to_end(key)
+            size = sum(len(mask.bits) for _, mask in self._filters.values())
+            while len(self._filters) > 1 and (
+                len(self._filters) > CACHED_FILTERS or size > CACHED_BYTES
             ):
-                removed += sum(index.remove(row_ids) for index in self._indexes.values())
-                tensor = torch.from_numpy(vectors).to(self.device)
-                for index in self._indexes.values():
-                    index.add(tensor, row_ids, valid)
-        if removed:
-            self._earlier.clear()
-
-    def _remember(self) -> None:
-        """Note how many slots the held version has, before more are added."""
-        if self._held is not None:
-            self._earlier[self._held] = {m: i.num_slots for m, i in self._indexes.items()}
-            while len(self._earlier) > KEPT_VERSIONS:
-                self._earlier.popitem(last=False)
-
-    def _move_to(self, wanted: Mark) -> None:
-        self._held = wanted
-        self._filters.clear()
-
-    def _load(self, dataset: lance.LanceDataset, metric: Metric) -> str:
-        """Make the index of a metric, at the version that is held or is the dataset's."""
-        torch = require("torch", extra="cpu|cuda13|cuda12")
-        rows = dataset.count_rows()
-        self._check_memory(rows)
-        index = FlatIndex(self.ndims, metric, self.device)
-        index.reserve(rows)
-        # cosine holds unit vectors, from which the stored ones cannot be had back
-        raw = next((self._indexes[m] for m in (Metric.L2, Metric.DOT) if m in self._indexes), None)
-        try:
-            if raw is not None:
-                for row_ids, tensor in raw.tiles():
-                    index.add(tensor, row_ids)
-            else:
-                block = block_bytes(self.device)
-                for vectors, row_ids, valid in read_vectors(
-                    dataset, self.column, self.ndims, block_bytes=block
-                ):
-                    index.add(torch.from_numpy(vectors).to(self.device), row_ids, valid)
-        except BaseException:
-            index.close()
-            raise
-        self._indexes[metric] = index
-        return "rebuild" if raw is None else "copy"
-
-    def _check_memory(self, rows: int) -> None:
-        needed = int(HEADROOM * FlatIndex.bytes_needed(rows, self.ndims, self.device))
-        free = free_memory(self.device)
-        if needed > free:
-            remedy = (
-                "Use a machine with more memory, or a shorter vector"
-                if self.device.type == "cpu"
-                else "Free memory there, or open the table with device='cpu'"
-            )
-            raise IndexBackendError(
-                f"The index of column {self.column!r} ({rows} rows of {self.ndims} values) needs "
-                f"{needed / 2**30:.2f} GiB on {self.device}, and {free / 2**30:.2f} GiB are free. "
-                f"{remedy}."
-            )
+                size -= len(self._filters.popitem(last=False)[1][1].bits)
+        return made
 
     def append(
         self,
@@ -275,9 +205,9 @@ class ColumnIndex:
         """Take in the rows of an own commit, straight from the tensors that were stored.
 
         If the index holds version `before` and the dataset is the version after it, they are
-        added. If it holds nothing and they are all that the dataset has, an index by l2 is made.
+        added. If it holds nothing and they are all that the dataset has, they are what it holds.
         Otherwise nothing happens, and the next search reads what it needs. It never fails for
-        want of memory: the rows are stored already, and the next search says what is missing.
+        want of memory: the rows are stored already, and the next search plans anew.
 
         Parameters
         ----------
@@ -293,50 +223,9 @@ class ColumnIndex:
             (n,) bool, False for null vectors.
         """
         check_threads()
-        with self._lock:
-            start = time.perf_counter()
-            wanted = Mark.of(dataset, self.column)
-            operation = operation_of(dataset)
-            if wanted.version != before + 1 or operation not in ("Append", "Overwrite"):
-                return
-            try:
-                if self._held is None or operation == "Overwrite":
-                    if dataset.count_rows() != len(row_ids):
-                        return
-                    self._drop()
-                    self._check_memory(len(row_ids))
-                    self._indexes[Metric.L2] = FlatIndex(self.ndims, Metric.L2, self.device)
-                elif self._is_next(dataset, wanted):
-                    self._remember()
-                else:
-                    return
-                for index in self._indexes.values():
-                    index.add(vectors, row_ids, valid)
-            except BaseException as error:
-                self._drop()
-                if isinstance(error, IndexBackendError) or is_out_of_memory(error):
-                    logger.warning("index of %r: dropped after an add: %s", self.column, error)
-                    return
-                raise
-            self._move_to(wanted)
-            seconds = time.perf_counter() - start
-            self._refresh = {"kind": "append", "reason": None, "seconds": seconds}
-
-    def _is_next(self, dataset: lance.LanceDataset, wanted: Mark) -> bool:
-        """Whether the version before the dataset's is the very one that is held."""
-        held = self._held
-        if held is None or held.version != wanted.version - 1 or held.field_id != wanted.field_id:
-            return False
-        try:
-            return Mark.of(dataset.checkout_version(held.version), self.column) == held
-        except (OSError, RuntimeError, ValueError):
-            return False
+        self._follower.append(before, dataset, vectors, row_ids, valid)
 
     # -------------------------------------------------------------- the contents
-
-    def index(self, metric: Metric) -> VectorIndex | None:
-        """The index by that metric, if one is held."""
-        return self._indexes.get(metric)
 
     def info(self) -> dict[str, Any]:
         """What is held where.
@@ -344,38 +233,35 @@ class ColumnIndex:
         Returns
         -------
         dict
-            ``column``, ``device``, ``engine`` and ``reason`` (why this engine), ``metrics``,
-            ``rows`` (that can be found), ``bytes``, ``version`` (None before the first search),
-            ``refresh`` (``kind``, ``reason``, ``seconds`` of the last one) and ``scanned`` (rows
-            that qualified in the last search).
+            ``column``, ``device``, ``engine`` and ``reason`` (why this engine), ``rows`` (that can
+            be found), ``bytes``, ``version`` (None before the first search), ``step`` and ``plan``
+            (how it is held, and why), ``refresh`` (``kind``, ``reason``, ``seconds`` of the last
+            one) and ``scanned`` (rows that qualified in the last search).
         """
-        with self._lock:
-            parts = [index.info() for index in self._indexes.values()]
-            return {
-                "column": self.column,
-                "device": str(self.device),
-                "engine": parts[0]["engine"] if parts else None,
-                "reason": parts[0]["reason"] if parts else None,
-                "metrics": [part["metric"] for part in parts],
-                "rows": max((part["rows"] for part in parts), default=0),
-                "bytes": sum(part["bytes"] for part in parts),
-                "version": None if self._held is None else self._held.version,
-                "refresh": dict(self._refresh),
-                "scanned": self._scanned,
-            }
-
-    def _drop(self) -> None:
-        for index in self._indexes.values():
-            index.close()
-        self._indexes.clear()
-        self._earlier.clear()
-        self._filters.clear()
-        self._held = None
+        follower = self._follower
+        store, refresh, chosen = follower.store, follower.refresh, follower.plan
+        engine = self._planner.info()
+        return {
+            "column": self.column,
+            "device": str(self.device),
+            "engine": engine["engine"],
+            "reason": engine["reason"],
+            "rows": 0 if store is None else len(store),
+            "bytes": 0 if store is None else store.nbytes,
+            "version": follower.version,
+            "step": None if chosen is None else str(chosen.step),
+            "plan": None if chosen is None else chosen.reason,
+            "refresh": {
+                "kind": refresh.kind, "reason": refresh.reason, "seconds": refresh.seconds,
+            },
+            "scanned": self._scanned,
+        }  # fmt: skip
 
     def close(self) -> None:
         """Free the device memory. A later search loads the column again."""
-        with self._lock:
-            self._drop()
+        self._follower.drop()
+        with self._filters_lock:
+            self._filters.clear()
 
     def __enter__(self) -> ColumnIndex:
         return self

@@ -95,6 +95,8 @@ def plan(
     device: torch.device,
     budget: Budget,
     owner: Owner,
+    *,
+    narrow: bool = True,
 ) -> Plan:
     """Choose how to hold a column, and reserve what that takes.
 
@@ -116,6 +118,8 @@ def plan(
     budget : Budget
     owner : object with ``evict()``
         What it holds so far is given up: it must free that before it takes what is planned.
+    narrow : bool
+        False where float16 was tried and cannot hold the values.
 
     Returns
     -------
@@ -152,6 +156,9 @@ def plan(
     for step, dtype in ((Step(widest.name), widest), (Step.FLOAT16, half)):
         if refused and dtype == widest:
             break  # it is float16 already
+        if refused and not narrow:
+            refused.append("float16 cannot hold its values")
+            break
         nbytes = column_bytes(rows, ndims, dtype, device)
         why_not = budget.refusal(owner, nbytes, instead=True)
         if why_not is None:

@@ -1,20 +1,22 @@
 """The exact distances that decide the order, and how far an engine's scores may be from them.
 
 Engines compute in float32 and in any order of summation, so their scores only choose candidates.
-The distance of a candidate is computed in float64 from the float32 vectors that are held, summed
-in one fixed order of elementary operations, so that every device gives the same bits. It is then
-rounded to float32, and rows are ordered by (distance, row id).
+The distance of a candidate is computed in float64 from the values that are stored, summed in one
+fixed order of elementary operations, so that every device gives the same bits. It is then rounded
+to float32, and rows are ordered by (distance, row id).
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpu_lance.index.store import TILE_BYTES, Store
+from gpu_lance.index.snapshot import TILE_BYTES
 from gpu_lance.optional import require
 from gpu_lance.types import Metric
 
@@ -82,7 +84,7 @@ def normalised(vectors: torch.Tensor) -> torch.Tensor:
 def exact_distances(
     metric: Metric,
     queries: torch.Tensor,
-    store: Store,
+    values: Callable[[torch.Tensor], torch.Tensor],
     query_index: torch.Tensor,
     slots: torch.Tensor,
 ) -> np.ndarray:
@@ -92,16 +94,16 @@ def exact_distances(
     ----------
     metric : Metric
     queries : torch.Tensor
-        (m, d), float32, as the user gave them.
-    store : Store
-        Holds the vectors.
+        (m, d), as the user gave them.
+    values : callable
+        Gives the stored vectors (n, d) of slots (n,).
     query_index, slots : torch.Tensor
-        (p,), int64, on the store's device. A slot of -1 gives +inf.
+        (p,), int64, on the device. A slot of -1 gives +inf.
 
     Returns
     -------
     numpy.ndarray
-        (p,), float32. Under cosine a zero query has no distance and gives NaN.
+        (p,), float32. Under cosine a vector of zeros has no distance and gives NaN.
     """
     exact = wide(queries)
     lengths = norms(queries) if metric is Metric.COSINE else None
@@ -109,13 +111,13 @@ def exact_distances(
     out = np.empty(len(slots), np.float32)
     for start in range(0, len(slots), step):
         some, of = slots[start : start + step], query_index[start : start + step].to(exact.device)
-        x = wide(store.gather(some.clamp(min=0)))
+        x = wide(values(some.clamp(min=0))).to(exact.device)
         if metric is Metric.L2:
             x.sub_(exact[of])
             found = tree_sum(x.mul_(x))
         elif lengths is None:
             found = 1 - tree_sum(x.mul_(exact[of]))
-        else:  # the held unit vectors are rounded, so their own norm is divided out
+        else:
             squares = tree_sum(x * x)
             found = 1 - tree_sum(x.mul_(exact[of])) / (lengths[of] * squares.sqrt())
         found.masked_fill_(some.to(exact.device) < 0, math.inf)
@@ -165,10 +167,35 @@ def unit_roundoff(device: torch.device, *, faiss: bool) -> float:
     return 2.0**-24
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """How far what an engine computes with is from what is stored.
+
+    Parameters
+    ----------
+    unit : float
+        The relative error of one product; see :func:`unit_roundoff`.
+    narrow : float
+        The relative error of a held value, 0 if rows are held as they are stored.
+    tiny : float
+        The absolute error of a held vector on top, from values below the normal range.
+    deviation : float
+        Under cosine, how far norms are from 1 if the engine does not divide by them.
+    """
+
+    unit: float
+    narrow: float = 0.0
+    tiny: float = 0.0
+    deviation: float = 0.0
+
+
+NARROWED = {2: (2.0**-11, 2.0**-25), 4: (2.0**-24, 2.0**-150)}  # by bytes of what is held
+
+
 def error_bound(
     metric: Metric,
     ndims: int,
-    unit: float,
+    rounding: Rounding,
     query_norms: torch.Tensor | np.ndarray,
     row_norms: torch.Tensor | np.ndarray | float,
 ) -> torch.Tensor | np.ndarray:
@@ -176,18 +203,40 @@ def error_bound(
 
     A dot product of d terms in any order of summation errs by at most d·u·|q||x| (Higham,
     Accuracy and Stability of Numerical Algorithms, 3.5). l2 is |q|² + |x|² - 2 q·x, each part
-    with that bound, and 2|q||x| <= |q|² + |x|². The 8 covers the few operations around it, the
-    factor 1.02 the terms of second order, and the last term numbers below float32's normal range.
+    with that bound, and 2|q||x| <= |q|² + |x|². Cosine adds the error of the row's norm, which is
+    that of a sum of d squares. The 8 covers the few operations around it, the factor 1.02 the
+    terms of second order, and the last term numbers below float32's normal range.
+
+    Where rows are held narrower than they are stored, a vector is off by at most
+    r = narrow·|x| + tiny: its dot product by |q|·r, its l2 by r·(2|q| + 2|x| + r), and its angle
+    by 2r/|x|, as soon as r is below |x|/2.
+
+    Parameters
+    ----------
+    query_norms, row_norms
+        Of what the engine computes with; under cosine `row_norms` are the smallest that count.
 
     Examples
     --------
-    >>> round(float(error_bound(Metric.DOT, 384, 2.0**-24, np.float64(1), 1.0)), 6)
+    >>> round(float(error_bound(Metric.DOT, 384, Rounding(2.0**-24), np.float64(1), 1.0)), 6)
     2.4e-05
     """
+    unit = rounding.unit
     if metric is Metric.L2:
         scale = 2 * (ndims + 8) * (query_norms * query_norms + row_norms * row_norms)
     elif metric is Metric.DOT:
         scale = (ndims + 8) * query_norms * row_norms + 8
     else:  # unit vectors
-        scale = (ndims + 16) + 0 * query_norms
-    return 1.02 * unit * scale + ndims * 2.4e-38
+        scale = 2 * (ndims + 12) + 0 * query_norms
+    bound = 1.02 * unit * scale + ndims * 2.4e-38
+    if rounding.deviation:
+        bound = bound + rounding.deviation * (1 + 1e-6)
+    if rounding.narrow:
+        r = 1.01 * (rounding.narrow * row_norms + 2 * rounding.tiny)
+        if metric is Metric.L2:
+            bound = bound + r * (2 * query_norms + 2 * row_norms + r)
+        elif metric is Metric.DOT:
+            bound = bound + query_norms * r
+        else:
+            bound = bound + 2 * rounding.narrow * 1.01 + 4.1 * rounding.tiny / row_norms
+    return bound

@@ -1,16 +1,17 @@
-"""Exact search by torch over tiles of a store: what masks, ranges, large k and proofs need."""
+"""Exact search by torch over the pieces of a snapshot: what ranges, large k and proofs need."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpu_lance.index.rescore import NO_ROW, error_bound, exact_distances, rank, unit_roundoff
-from gpu_lance.index.store import TILE_BYTES, Store, tile_rows
+from gpu_lance.index.engines import LONGEST, SHORTEST
+from gpu_lance.index.rescore import NO_ROW, Rounding, error_bound, exact_distances, rank
+from gpu_lance.index.snapshot import TILE_BYTES, Snapshot, tile_rows
 from gpu_lance.optional import require
 from gpu_lance.types import Metric
 
@@ -18,67 +19,72 @@ if TYPE_CHECKING:
     import torch
 
 
-MANY_QUERIES = 16
-
-
 @dataclass(frozen=True)
 class Scan:
-    """One way through the rows of a store that qualify.
+    """One way through the rows of a snapshot that qualify.
 
     Parameters
     ----------
-    store : Store
+    snapshot : Snapshot
     metric : Metric
-    row_norms : torch.Tensor
-        (n,) float32, by slot.
+    values : callable
+        Gives the stored vectors (n, d) of slots (n,).
+    rounding : Rounding
+        Of torch's products over what is held.
     mask : torch.Tensor or None
         (n,) bool, by slot: which qualify; None for all.
     count : int
         How many qualify.
+    gathers : bool
+        Whether those that qualify are gathered first.
     lower, upper : float
         Bounds on the distance, lower inclusive, upper exclusive; infinite for none.
     """
 
-    store: Store
+    snapshot: Snapshot
     metric: Metric
-    row_norms: torch.Tensor
+    values: Callable[[torch.Tensor], torch.Tensor]
+    rounding: Rounding
     mask: torch.Tensor | None
     count: int
+    gathers: bool = False
     lower: float = -math.inf
     upper: float = math.inf
 
     def slots(self) -> torch.Tensor:
         """The slots that qualify before any bound on the distance, (count,) int64."""
-        mask = self.mask
-        if mask is None:
-            return self.row_norms.new_ones(len(self.store)).nonzero()[:, 0]
-        return mask.nonzero()[:, 0]
+        torch = require("torch", extra="cpu|cuda13|cuda12")
+        if self.mask is None:
+            return torch.arange(len(self.snapshot), device=self.snapshot.device)
+        return self.mask.nonzero()[:, 0]
 
     def inside(self, distances: np.ndarray) -> np.ndarray:
         """Which exact distances are within the bounds; NaN never is."""
         within: np.ndarray = distances >= self.lower
         return within if self.upper == math.inf else within & (distances < self.upper)
 
-    def _tiles(
-        self, step: int, m: int
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        """Slots (t,), vectors (t, d), and which of them qualify (t,), None for all.
+    def gathered(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Slots (t,), vectors (t, d), norms (t,) of the rows that qualify, `step` at a time."""
+        passing = self.slots()
+        for start in range(0, len(passing), step):
+            slots = passing[start : start + step]
+            yield slots, self.snapshot.gather(slots), self.snapshot.norms_of(slots)
 
-        Few passing rows are gathered first; many are computed in place and masked.
-        """
+    def _tiles(
+        self, step: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """Slots (t,), vectors (t, d), norms (t,), and which of them qualify (t,), None for all."""
         torch = require("torch", extra="cpu|cuda13|cuda12")
-        # gathering writes and reads the rows once more, which many queries share
-        few = (0.5 if m > MANY_QUERIES else 0.2) * len(self.store)
-        if self.mask is not None and self.count < few:
-            passing = self.slots()
-            for start in range(0, len(passing), step):
-                slots = passing[start : start + step]
-                yield slots, self.store.gather(slots), None
+        if self.gathers:
+            for slots, vectors, norms in self.gathered(step):
+                yield slots, vectors, norms, None
             return
-        for start, vectors in self.store.tiles(step):
-            stop = start + len(vectors)
-            here = None if self.mask is None else self.mask[start:stop]
-            yield torch.arange(start, stop, device=vectors.device), vectors, here
+        for first, vectors, norms in self.snapshot.pieces():
+            for start in range(0, len(vectors), step):
+                some = slice(start, min(start + step, len(vectors)))
+                slots = torch.arange(first + some.start, first + some.stop, device=norms.device)
+                here = None if self.mask is None else self.mask[slots[0] : slots[-1] + 1]
+                yield slots, vectors[some], norms[some], here
 
     def _scores(
         self, queries: torch.Tensor, query_norms: torch.Tensor
@@ -89,18 +95,22 @@ class Scan:
         the distance bounds. A score that overflowed to infinity or NaN is not.
         """
         m, ndims = queries.shape
-        unit = unit_roundoff(queries.device, faiss=False)
         # scores, their bounds and a few temporaries of their size stay within 256 MiB
         step = max(1, min(tile_rows(ndims), TILE_BYTES // (16 * m)))
-        for slots, vectors, here in self._tiles(step, m):
-            lengths = self.row_norms[slots]
-            scores = queries @ vectors.T  # (m, t)
+        for slots, vectors, lengths, here in self._tiles(step):
+            scores = queries @ vectors.to(queries.dtype).T  # (m, t)
+            bound = error_bound(
+                self.metric, ndims, self.rounding, query_norms[:, None], lengths[None, :]
+            )
+            assert not isinstance(bound, np.ndarray)
             if self.metric is Metric.L2:
                 scores.mul_(-2).add_(lengths * lengths).add_((query_norms * query_norms)[:, None])
-            else:
+            elif self.metric is Metric.DOT:
                 scores.neg_().add_(1)
-            bound = error_bound(self.metric, ndims, unit, query_norms[:, None], lengths[None, :])
-            assert not isinstance(bound, np.ndarray)
+            else:
+                scores.div_(-lengths).add_(1)
+                odd = (lengths < SHORTEST) | (lengths > LONGEST)
+                bound = bound.expand_as(scores).masked_fill(odd, math.inf)
             out = None if here is None else ~here[None, :]
             if self.lower > -math.inf:
                 below = scores + bound < self.lower
@@ -117,7 +127,8 @@ class Scan:
         torch = require("torch", extra="cpu|cuda13|cuda12")
         best = torch.empty((len(queries), 0), device=queries.device)
         at = torch.empty((len(queries), 0), dtype=torch.int64, device=queries.device)
-        for slots, scores, _, out in self._scores(queries, query_norms):
+        for slots, scores, bound, out in self._scores(queries, query_norms):
+            scores.masked_fill_(scores.isnan() | bound.isinf(), -math.inf)  # may be anywhere
             if out is not None:
                 scores.masked_fill_(out, math.inf)
             near, where = scores.topk(min(c, scores.shape[1]), dim=1, largest=False)
@@ -165,7 +176,7 @@ class Scan:
             if out is not None:
                 maybe &= ~out
             of, column = maybe.nonzero(as_tuple=True)
-            exact = exact_distances(self.metric, raw, self.store, of, slots[column])
+            exact = exact_distances(self.metric, raw, self.values, of, slots[column])
             inside = self.inside(exact)
             lines = of.cpu().numpy()
             names = row_ids[slots[column].cpu().numpy()]

@@ -1,141 +1,371 @@
-"""Where an index keeps its float32 matrix: the interface, and the one that needs only torch."""
+"""The resident store of a vector column: the writer's side of its chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from gpu_lance.device import as_tensor
+from gpu_lance.errors import BadVectorError
+from gpu_lance.index.slots import SlotMap
+from gpu_lance.index.snapshot import Chunk, Lengths, Snapshot, tile_rows
 from gpu_lance.optional import require
 
 if TYPE_CHECKING:
     import torch
 
-TILE_BYTES = 64 << 20  # of vectors or scores in flight; several buffers of it stay below 256 MiB
+EXTRAS = "cpu|cuda13|cuda12"
+CHUNK_BYTES = 1 << 30  # the largest chunk
+FIRST_BYTES = 1 << 20  # the smallest chunk that an append opens
+TINIEST = 2.0**-126  # stands for the norm of a vector whose squares are too small to add up
+SLOT_BYTES = 18  # a row id, the version of its last change, and live bits, on the host
+MAX_DEAD = 0.2  # a larger share of dead slots is swept out
 
 
-def tile_rows(ndims: int) -> int:
-    """How many float32 vectors make one tile."""
-    return max(1, TILE_BYTES // (4 * ndims))
+class NoRoomError(Exception):
+    """The memory plan has no room for more rows."""
 
 
-class Store(Protocol):
-    """A growing (n, d) float32 matrix in dense slots on one device, which may search itself."""
-
-    name: str
-    max_candidates: int
-
-    def __len__(self) -> int: ...
-
-    def reserve(self, rows: int) -> None:
-        """Make room for that many rows in all, where the engine can."""
-
-    def add(self, vectors: torch.Tensor) -> None:
-        """Append (n, d) contiguous float32 vectors on the store's device."""
-
-    def tiles(self, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """First slot and vectors (t <= rows, d); valid until the next tile or change."""
-
-    def gather(self, slots: torch.Tensor) -> torch.Tensor:
-        """A copy of the vectors in `slots`, (n,) int64 on the device."""
-
-    def candidates(self, queries: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores (m, c) float32, the nearest first, and slots (m, c) int64, -1 for none.
-
-        Scores are distances in float32 and `c` is at most ``max_candidates``, which is 0 for a
-        store that cannot search.
-        """
-
-    def keep(self, slots: torch.Tensor) -> None:
-        """Shrink to those slots, in their order."""
-
-    def close(self) -> None:
-        """Free the memory."""
+class DoesNotNarrowError(Exception):
+    """A value does not fit the narrower type that the rows are held in."""
 
 
-def _float32() -> torch.dtype:
-    kind: torch.dtype = require("torch", extra="cpu|cuda13|cuda12").float32
-    return kind
+class ResidentStore:
+    """A growing matrix with row ids: its writer's side, for one thread at a time.
 
-
-class TorchStore:
-    """Chunks of torch tensors, searched by a torch product.
+    Rows go to fresh slots of the last chunk, or of a new one that is as large as what is held, up
+    to 1 GiB; chunks are never moved. What was published before stays as it was.
 
     Parameters
     ----------
     ndims : int
         Length of a vector.
+    dtype : torch.dtype
+        float32 or float16: how vectors are held.
     device : torch.device
-        Where the chunks are.
+        Where they are searched.
+    home : torch.device, optional
+        Where they are held, if elsewhere: pinned host memory beside a GPU.
+    reserve : callable, optional
+        Asked for the bytes of each new chunk; False refuses them.
+    release : callable, optional
+        Told the bytes of each chunk that is let go.
+    chunk_bytes : int
+        The largest chunk.
 
     Examples
     --------
     >>> import torch
-    >>> store = TorchStore(2, torch.device("cpu"))
-    >>> store.add(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-    >>> store.gather(torch.tensor([1])).tolist()
-    [[3.0, 4.0]]
+    >>> store = ResidentStore(2, torch.float32, torch.device("cpu"))
+    >>> store.add(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), np.array([7, 9]))
+    >>> before = store.publish()
+    >>> store.remove(np.array([7]))
+    1
+    >>> before.num_live, store.publish().num_live
+    (2, 1)
     """
 
-    name = "torch"
-    max_candidates = 0
+    _staging: torch.Tensor | None
 
-    def __init__(self, ndims: int, device: torch.device) -> None:
-        self.ndims = ndims
-        self.device = device
-        self._chunks: list[torch.Tensor] = []
+    def __init__(
+        self,
+        ndims: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        home: torch.device | None = None,
+        reserve: Callable[[int], bool] = lambda size: True,
+        release: Callable[[int], None] = lambda size: None,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        torch = require("torch", extra=EXTRAS)
+        self.ndims = int(ndims)
+        self.dtype = dtype
+        # with its index: torch.device("cuda") is the current GPU, and equals no tensor's device
+        self.device = torch.empty(0, device=device).device
+        self._home = self.device if home is None else home
+        self._reserve, self._release = reserve, release
+        self._most = max(1, chunk_bytes // self._cost(1))
+        self._least = min(self._most, max(1, FIRST_BYTES // self._cost(1)))
+        self._chunks: list[Chunk] = []
         self._used: list[int] = []
-        self._wanted = 0
+        self._slots = SlotMap()
+        self._lengths = Lengths()
+        self._published: Snapshot | None = None
+        self._staging = None
 
     def __len__(self) -> int:
-        return sum(self._used)
+        """How many rows are live."""
+        return self._slots.num_live
 
-    def reserve(self, rows: int) -> None:
-        self._wanted = rows
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the chunks and of what is known of the slots."""
+        return sum(chunk.nbytes for chunk in self._chunks) + self._slots.nbytes
 
-    def add(self, vectors: torch.Tensor) -> None:
-        """Fill up the last chunk, then open one as large as what is announced or held."""
-        torch = require("torch", extra="cpu|cuda13|cuda12")
-        while len(vectors):
-            if not self._chunks or self._used[-1] == len(self._chunks[-1]):
-                size = len(self)
-                grow = max(1, min(size, 4 * tile_rows(self.ndims)))
-                room = max(len(vectors), self._wanted - size, grow)
-                self._chunks.append(torch.empty((room, self.ndims), device=self.device))
-                self._used.append(0)
-            start = self._used[-1]
-            fits = min(len(vectors), len(self._chunks[-1]) - start)
-            self._chunks[-1][start : start + fits] = vectors[:fits]
-            self._used[-1] += fits
-            vectors = vectors[fits:]
+    @property
+    def slots(self) -> SlotMap:
+        """The row ids by slot."""
+        return self._slots
 
-    def tiles(self, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
-        first = 0
-        for chunk, used in zip(self._chunks, self._used, strict=True):
-            for start in range(0, used, rows):
-                yield first + start, chunk[start : min(start + rows, used)]
-            first += used
+    # ------------------------------------------------------------------ filling
 
-    def gather(self, slots: torch.Tensor) -> torch.Tensor:
-        if len(self._chunks) == 1:
-            return self._chunks[0].index_select(0, slots)
-        out = slots.new_empty((len(slots), self.ndims), dtype=_float32())
-        first = 0
-        for chunk, used in zip(self._chunks, self._used, strict=True):
-            here = ((slots >= first) & (slots < first + used)).nonzero()[:, 0]
-            out[here] = chunk.index_select(0, slots[here] - first)
-            first += used
-        return out
+    def expect(self, rows: int) -> None:
+        """Announce that `rows` rows are coming, so that chunks are sized to them."""
+        while rows > 0:
+            take = min(rows, self._most)
+            self._open(take)
+            rows -= take
 
-    def candidates(self, queries: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tensor]:
-        raise RuntimeError("TorchStore is searched by its owner's scan.")
+    def _open(self, rows: int) -> None:
+        torch = require("torch", extra=EXTRAS)
+        size = self._cost(rows)
+        if not self._reserve(size):
+            raise NoRoomError(f"There is no room for {rows} more rows.")
+        try:
+            vectors = torch.empty(
+                (rows, self.ndims), dtype=self.dtype, device=self._home,
+                pin_memory=self._home != self.device,
+            )  # fmt: skip
+            norms = torch.empty(rows, dtype=torch.float32, device=self.device)
+        except BaseException:
+            self._release(size)
+            raise
+        self._chunks.append(Chunk(vectors, norms))
+        self._used.append(0)
 
-    def keep(self, slots: torch.Tensor) -> None:
-        kept = TorchStore(self.ndims, self.device)
-        kept.reserve(len(slots))
-        step = tile_rows(self.ndims)
-        for start in range(0, len(slots), step):
-            kept.add(self.gather(slots[start : start + step]))
-        self._chunks, self._used, self._wanted = kept._chunks, kept._used, 0
+    def _cost(self, rows: int) -> int:
+        beside = 0 if self._home.type == "cuda" else SLOT_BYTES
+        return rows * (self.dtype.itemsize * self.ndims + 4 + beside)
 
-    def close(self) -> None:
-        self._chunks, self._used = [], []
+    def add(
+        self,
+        vectors: torch.Tensor | np.ndarray,
+        row_ids: np.ndarray,
+        updated: np.ndarray | int = 0,
+        valid: np.ndarray | None = None,
+    ) -> None:
+        """Add vectors under row ids that are not live here.
+
+        Null vectors and those with NaN or infinity are left out.
+
+        Parameters
+        ----------
+        vectors : torch.Tensor or numpy.ndarray
+            (n, d), of any float type, preferably a tensor on the device, or an array that was
+            read. Not kept, not changed.
+        row_ids : numpy.ndarray
+            (n,) integers.
+        updated : numpy.ndarray or int
+            (n,) int64, the version of each row's last change.
+        valid : numpy.ndarray, optional
+            (n,) bool, False for null vectors.
+
+        Raises
+        ------
+        BadVectorError
+            If the shapes do not fit.
+        NoRoomError
+            If the memory plan has no room; some of the rows may be in.
+        DoesNotNarrowError
+            If a value is beyond what the rows are held in, or a vector would become zero.
+        """
+        n = len(row_ids)
+        if vectors.shape != (n, self.ndims) or (valid is not None and len(valid) != n):
+            raise BadVectorError(
+                f"The index holds vectors of {self.ndims} values and got {n} row ids with vectors "
+                f"of shape {tuple(vectors.shape)}; both must fit."
+            )
+        torch = require("torch", extra=EXTRAS)
+        ids = np.asarray(row_ids, np.int64)
+        when = np.broadcast_to(np.asarray(updated, np.int64), (n,))
+        if valid is not None and not valid.all():
+            whole = np.ascontiguousarray(valid, bool)
+            vectors = _picked(vectors, whole)
+            ids, when = ids[whole], when[whole]
+        with torch.inference_mode():
+            while len(ids):
+                at = self._current(len(ids))
+                room = self._chunks[at].room - self._used[at]
+                kept = self._fill(at, vectors[:room])
+                new, changed = ids[:room], when[:room]
+                if kept is not None:
+                    new, changed = new[kept], changed[kept]
+                self._slots.add(new, changed)
+                vectors, ids, when = vectors[room:], ids[room:], when[room:]
+        self._published = None
+
+    def _current(self, rows: int) -> int:
+        """The chunk that takes the next rows; a new one if all are full."""
+        for at in range(len(self._chunks)):
+            if self._used[at] < self._chunks[at].room:
+                return at
+        needed = min(rows, self._most)
+        roomy = min(max(needed, self._least, sum(self._used)), self._most)
+        try:
+            self._open(roomy)
+        except NoRoomError:
+            if roomy == needed:
+                raise
+            self._open(needed)
+        return len(self._chunks) - 1
+
+    def _fill(self, at: int, vectors: torch.Tensor | np.ndarray) -> np.ndarray | None:
+        """Write into a chunk; returns which rows were finite (n,), None if all were."""
+        torch = require("torch", extra=EXTRAS)
+        chunk, start = self._chunks[at], self._used[at]
+        place = chunk.vectors[start : start + len(vectors)]
+        self._put(place, vectors)
+        narrows = self.dtype.itemsize == 2 < vectors.dtype.itemsize
+        here = place.to(self.device)
+        norms = _norms(here)
+        kept: np.ndarray | None = None
+        if not bool(torch.isfinite(norms).all()):  # the norm of finite values may overflow
+            finite = torch.isfinite(here).all(dim=1)
+            if narrows:
+                lost = torch.isfinite(as_tensor(vectors, self.device)).all(dim=1) & ~finite
+                self._refuse(lost, vectors)
+            if not bool(finite.all()):
+                kept = finite.cpu().numpy()
+                here, norms = here[finite], norms[finite]
+                place[: len(here)] = here.to(place.device)
+        if bool((norms == 0).any()):
+            if narrows:
+                given = vectors if kept is None else _picked(vectors, kept)
+                lost = (norms == 0) & (as_tensor(given, self.device) != 0).any(dim=1)
+                self._refuse(lost, vectors)
+            norms = torch.where((here != 0).any(dim=1), norms.clamp(min=TINIEST), norms)
+        chunk.norms[start : start + len(norms)] = norms
+        self._lengths = self._lengths.joined(norms)
+        self._used[at] += len(norms)
+        return kept
+
+    def _put(self, place: torch.Tensor, vectors: torch.Tensor | np.ndarray) -> None:
+        torch = require("torch", extra=EXTRAS)
+        if not isinstance(vectors, np.ndarray):
+            place.copy_(vectors)
+            return
+        staged = place
+        if place.device.type != "cpu":  # through pinned memory, which the next piece reuses
+            if self._staging is None or len(self._staging) < len(vectors):
+                self._staging = torch.empty(
+                    vectors.shape, dtype=self.dtype, device="cpu",
+                    pin_memory=place.device.type == "cuda",
+                )  # fmt: skip
+            staged = self._staging[: len(vectors)]
+        with np.errstate(over="ignore"):  # what is beyond the type becomes infinite
+            np.copyto(staged.numpy(), vectors, casting="same_kind")
+        if staged is not place:
+            place.copy_(staged)  # it waits, so that the pinned memory is free again
+
+    def _refuse(self, lost: torch.Tensor, vectors: torch.Tensor | np.ndarray) -> None:
+        if bool(lost.any()):
+            raise DoesNotNarrowError(
+                f"{int(lost.sum())} vectors of {vectors.dtype} cannot be held as {self.dtype}."
+            )
+
+    def remove(self, row_ids: np.ndarray, before: int | None = None) -> int:
+        """Remove those rows; ids that are not here are ignored. Returns how many were.
+
+        `before` leaves slots from that one on alone: they are the rows' newer vectors.
+        """
+        removed = self._slots.remove(row_ids, before)
+        if removed:
+            self._published = None
+        return removed
+
+    # --------------------------------------------------------------- publishing
+
+    def publish(self) -> Snapshot:
+        """The rows as they are now."""
+        if self._published is None:
+            slots = self._slots
+            full = slots.num_live == len(slots)
+            ready = None
+            if self.device.type == "cuda":
+                torch = require("torch", extra=EXTRAS)
+                ready = torch.cuda.current_stream(self.device).record_event()
+            self._published = Snapshot(
+                tuple(self._chunks), tuple(self._used), slots.row_ids,
+                None if full else slots.live.copy(), slots.num_live, self._lengths,
+                self.ndims, self.dtype, self.device, ready,
+            )  # fmt: skip
+        return self._published
+
+    @property
+    def wants_sweep(self) -> bool:
+        """Whether so many slots are dead that they should be swept out."""
+        return len(self._slots) - len(self) > MAX_DEAD * len(self._slots)
+
+    def sweep(self) -> Iterator[Snapshot]:
+        """Move the live rows together, chunk by chunk, and let the old chunks go.
+
+        Each step needs room for one chunk and is published, so that readers let go of the old
+        one. Small neighbours are joined. It stops where the memory plan has no room.
+        """
+        torch = require("torch", extra=EXTRAS)
+        at = 0
+        while at < len(self._chunks):
+            first = sum(self._used[:at])
+            stop, rows, slots = at, 0, 0
+            while stop < len(self._chunks):
+                used = self._used[stop]
+                live = int(self._slots.live[first + slots : first + slots + used].sum())
+                if stop > at and rows + live > self._most:
+                    break
+                stop, rows, slots = stop + 1, rows + live, slots + used
+            if rows == slots and stop == at + 1:  # nothing to gain here
+                at += 1
+                continue
+            old, kept = self._chunks[at:stop], self._slots.live[first : first + slots].copy()
+            with torch.inference_mode():
+                if rows:
+                    try:
+                        self._open(rows)
+                    except NoRoomError:
+                        return
+                    new = self._chunks.pop()
+                    self._used.pop()
+                    self._move(old, self._used[at:stop], kept, new)
+            self._chunks[at:stop] = [new] if rows else []
+            self._used[at:stop] = [rows] if rows else []
+            self._slots.compact(first, first + slots)
+            self._release(sum(self._cost(chunk.room) for chunk in old))
+            del old
+            self._published = None
+            at += bool(rows)
+            yield self.publish()
+
+    def _move(self, old: list[Chunk], used: list[int], kept: np.ndarray, new: Chunk) -> None:
+        torch = require("torch", extra=EXTRAS)
+        to = start = 0
+        step = tile_rows(self.ndims, self.dtype.itemsize)
+        for chunk, size in zip(old, used, strict=True):
+            live = torch.from_numpy(np.flatnonzero(kept[start : start + size]))
+            for some in live.split(step):
+                here = some.to(chunk.vectors.device)
+                new.vectors[to : to + len(some)] = chunk.vectors.index_select(0, here)
+                new.norms[to : to + len(some)] = chunk.norms[some.to(chunk.norms.device)]
+                to += len(some)
+            start += size
+
+
+def _norms(vectors: torch.Tensor) -> torch.Tensor:
+    """(n,) float32; finite vectors too long for float32's squares give infinity."""
+    torch = require("torch", extra=EXTRAS)
+    if vectors.device.type != "cpu":
+        return torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float32)
+    # torch's threads wait for each other at the end of each small piece, which a busy machine
+    # makes long; a row is short
+    rows = vectors.numpy().astype(np.float32, copy=False)
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        return torch.from_numpy(np.sqrt(np.vecdot(rows, rows)))
+
+
+def _picked(vectors: torch.Tensor | np.ndarray, kept: np.ndarray) -> torch.Tensor | np.ndarray:
+    if isinstance(vectors, np.ndarray):
+        return vectors[kept]
+    torch = require("torch", extra=EXTRAS)
+    return vectors[torch.from_numpy(kept).to(vectors.device)]

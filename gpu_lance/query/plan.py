@@ -41,6 +41,7 @@ def describe(
         f"  Queries: {spec.queries.kind()}",
         f"  Device: {index['device']}",
         f"  Engine: {index['engine']} ({index['reason']}), exact",
+        f"  Held: {_held(index)}",
         f"  Rows: held={index['rows']}, scanned={index['scanned']}, found={report.found}",
         f"  Version: {report.version}",
         f"  Refresh: {refresh['kind']}{why}",
@@ -64,6 +65,11 @@ def describe(
         for stage, took in report.seconds.items():
             lines.append(f"  Stage {stage}: {1e3 * took:.3f} ms")
     return "\n".join(lines)
+
+
+def _held(index: Mapping[str, Any]) -> str:
+    where = "not, searched from Lance" if index["step"] == "lance" else f"as {index['step']}"
+    return f"{where} ({index['plan']})"
 
 
 def _filter(spec: VectorSpec) -> str:

@@ -1,0 +1,354 @@
+"""A column's rows on the device, brought to the version of the table that a search asks for."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gpu_lance.device import is_out_of_memory, release_cache
+from gpu_lance.errors import IndexBackendError
+from gpu_lance.index.plan import Home, Plan, Step, plan
+from gpu_lance.index.read import check_column, read_blocks
+from gpu_lance.index.snapshot import Snapshot
+from gpu_lance.index.store import DoesNotNarrowError, NoRoomError, ResidentStore
+from gpu_lance.index.sync import Changes, Difference, Held, Mark, changes, difference
+from gpu_lance.optional import require
+from gpu_lance.storage import operation_of
+
+if TYPE_CHECKING:
+    import lance
+    import torch
+
+    from gpu_lance.index.budget import Budget
+
+logger = logging.getLogger(__name__)
+
+EXTRAS = "cpu|cuda13|cuda12"
+KEPT_VERSIONS = 64
+KEPT_BYTES = 64 << 20  # of live bits of versions other than the last
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """What bringing the rows to a version took.
+
+    Parameters
+    ----------
+    kind : str
+        ``none``, ``unchanged``, ``append``, ``delta``, ``difference``, ``rebuild`` or ``streamed``.
+    reason : str or None
+        Why not by the delta.
+    seconds : float
+    """
+
+    kind: str = "none"
+    reason: str | None = None
+    seconds: float = 0.0
+
+
+class Follower:
+    """Holds the rows of one vector column at the versions that were asked for last.
+
+    One store serves all versions that it can tell apart by live bits: rows that a version adds go
+    to fresh slots, and snapshots of earlier versions stay as they are. It goes from one version to
+    another by Lance's delta where that is known to be complete, by comparing row ids and the
+    versions of their last change where it is not, and by reading the column anew where neither
+    can be trusted. What does not fit the memory budget is not held at all.
+
+    Any number of threads may use it: asking for a version that is held waits for nobody.
+
+    Parameters
+    ----------
+    column : str
+        Name of the vector column.
+    ndims : int
+        Length of its vectors.
+    device : torch.device
+        Where they are searched.
+    budget : Budget
+        What the memory is counted by.
+    """
+
+    def __init__(self, column: str, ndims: int, device: torch.device, budget: Budget) -> None:
+        self.column = column
+        self.ndims = ndims
+        self.device = device
+        self.budget = budget
+        self.plan: Plan | None = None
+        self.refresh = Refresh()
+        self._lock = threading.RLock()
+        self._store: ResidentStore | None = None
+        self._held: Held | None = None
+        self._kept: OrderedDict[Mark, Snapshot] = OrderedDict()
+        self._allowance = 0  # bytes of the plan that no chunk has taken yet
+        self._narrows = True
+        self._warned = False
+
+    @property
+    def version(self) -> int | None:
+        """The version that was asked for last; None if nothing is held."""
+        held = self._held
+        return None if held is None else held.mark.version
+
+    @property
+    def store(self) -> ResidentStore | None:
+        """The rows of that version, if they are held."""
+        return self._store
+
+    def at(self, dataset: lance.LanceDataset, mark: Mark) -> Snapshot | None:
+        """The rows of the dataset's version; None if the column is not held.
+
+        Parameters
+        ----------
+        dataset : lance.LanceDataset
+        mark : Mark
+            Of the dataset.
+        """
+        snapshot = self._kept.get(mark)
+        if snapshot is not None:
+            self.budget.touch(self)
+            if len(self._kept) > 1 and self._lock.acquire(blocking=False):
+                try:
+                    if mark in self._kept:
+                        self._kept.move_to_end(mark)
+                finally:
+                    self._lock.release()
+            return snapshot
+        with self._lock:
+            if mark in self._kept:
+                return self._kept[mark]
+            start = time.perf_counter()
+            kind, reason = "none", None
+            try:
+                if self._held is not None:
+                    kind, reason = self._move(dataset, mark)
+                if self._store is None:
+                    kind = self._load(dataset, mark)
+            except BaseException as error:
+                self.drop()  # half a change is never searched
+                if is_out_of_memory(error) and not isinstance(error, IndexBackendError):
+                    raise IndexBackendError(
+                        f"Column {self.column!r} does not fit on {self.device}: {error}. Free "
+                        "memory there, or give it a smaller memory_budget."
+                    ) from error
+                raise
+            self.refresh = Refresh(kind, reason, time.perf_counter() - start)
+            logger.debug("index of %r: %s", self.column, self.refresh)
+            return self._kept.get(mark)
+
+    # ------------------------------------------------------------------- moving
+
+    def _move(self, dataset: lance.LanceDataset, mark: Mark) -> tuple[str, str | None]:
+        """Bring what is held to another version; everything is dropped where that cannot be."""
+        assert self._held is not None
+        assert self._store is not None
+        forward = mark.version > self._held.mark.version
+        found: Changes | Difference | str = changes(dataset, self._held, self.column)
+        reason = found if isinstance(found, str) else None
+        if isinstance(found, str):
+            slots = self._store.slots
+            live = slots.live
+            found = difference(
+                dataset, self._held, self.column, slots.row_ids[live], slots.updated[live]
+            )
+        try:
+            if isinstance(found, Changes):
+                self._store.remove(found.deleted)
+                if found.since is not None:
+                    self._read(dataset, since=found.since)
+                kind = "delta" if found.since is not None else "unchanged"
+            elif isinstance(found, Difference):
+                self._store.remove(found.gone)
+                if len(found.read):
+                    self._read(dataset, row_ids=found.read)
+                kind = "difference"
+            else:
+                reason = found
+        except (NoRoomError, DoesNotNarrowError) as error:
+            found, reason = str(error), str(error)
+        if isinstance(found, str):
+            self.drop()
+            if not dataset.has_stable_row_ids and not self._warned:
+                self._warned = True
+                logger.warning(
+                    "The table of column %r has no stable row ids, so its index is rebuilt after "
+                    "every change. Tables created by gpu_lance have them; to get them, copy this "
+                    "one into a new table.",
+                    self.column,
+                )
+            return "rebuild", reason
+        self._publish(Held.of(dataset, self.column), sweep=forward)
+        return kind, reason
+
+    def _read(self, dataset: lance.LanceDataset, **which: object) -> None:
+        """Take in rows that are new, or newer than what is held of them."""
+        assert self._store is not None
+        before, seen = len(self._store.slots), []
+        for block in read_blocks(dataset, self.column, self.ndims, **which):  # type: ignore[arg-type]
+            self._store.add(block.vectors, block.row_ids, block.updated, block.valid)
+            if before:
+                seen.append(block.row_ids.copy())
+        if seen:  # a vector that became null leaves its row too
+            self._store.remove(np.concatenate(seen), before)
+
+    def _publish(self, held: Held, *, sweep: bool = False) -> None:
+        assert self._store is not None
+        self._held = held
+        self._keep(held.mark, self._store.publish())
+        self.budget.settle(self)
+        if sweep and self._store.wants_sweep:
+            self._kept = OrderedDict({held.mark: self._store.publish()})
+            for snapshot in self._store.sweep():
+                self._kept = OrderedDict({held.mark: snapshot})
+            self.budget.settle(self)
+
+    def _keep(self, mark: Mark, snapshot: Snapshot) -> None:
+        kept = OrderedDict(self._kept)  # readers look into the old one
+        kept[mark] = snapshot
+        kept.move_to_end(mark)
+        bits = sum(2 * len(s) for s in kept.values() if s.live is not None)
+        while len(kept) > 1 and (len(kept) > KEPT_VERSIONS or bits > KEPT_BYTES):
+            _, oldest = kept.popitem(last=False)
+            bits -= 2 * len(oldest) if oldest.live is not None else 0
+        self._kept = kept
+
+    # ------------------------------------------------------------------ loading
+
+    def _new_store(self, rows: int, dtype: np.dtype) -> ResidentStore | None:
+        """A store for so many rows, with its memory reserved; None if they are not to be held."""
+        torch = require("torch", extra=EXTRAS)
+        chosen = self.plan = plan(
+            rows, self.ndims, dtype, self.device, self.budget, self, narrow=self._narrows
+        )
+        if chosen.step is Step.LANCE:
+            return None
+        if chosen.step is not Step(chosen.dtype.name) or chosen.dtype.itemsize < dtype.itemsize:
+            logger.info("index of %r: %s", self.column, chosen.reason)
+        self._allowance = chosen.nbytes
+        host = chosen.home is Home.HOST
+        store = ResidentStore(
+            self.ndims, getattr(torch, chosen.dtype.name), self.device,
+            home=torch.device("cpu") if host else None,
+            reserve=self._reserve, release=self._release,
+        )  # fmt: skip
+        store.expect(rows)
+        return store
+
+    def _reserve(self, size: int) -> bool:
+        if size <= self._allowance:
+            self._allowance -= size
+            return True
+        assert self.plan is not None
+        return self.plan.place(self.budget).reserve(self, size)
+
+    def _release(self, size: int) -> None:
+        assert self.plan is not None
+        self.plan.place(self.budget).release(self, size)
+
+    def _load(self, dataset: lance.LanceDataset, mark: Mark) -> str:
+        """Hold the dataset's version, in the form for which there is memory."""
+        rows, dtype = dataset.count_rows(), stored_dtype(dataset, self.column, self.ndims)
+        for attempt in (1, 2):
+            try:
+                self._store = self._new_store(rows, dtype)
+                if self._store is None:
+                    self._held = None
+                    return "streamed"
+                self._read(dataset)
+                break
+            except DoesNotNarrowError as error:
+                logger.warning("index of %r: %s", self.column, error)
+                self._narrows = False
+            except (RuntimeError, MemoryError) as error:
+                if attempt == 2 or not is_out_of_memory(error):
+                    raise
+                logger.warning("index of %r: %s; planning again", self.column, error)
+            self.drop()
+            release_cache(self.device)
+        self._publish(Held.of(dataset, self.column))
+        return "rebuild"
+
+    # --------------------------------------------------------------- own commits
+
+    def append(
+        self,
+        before: int,
+        dataset: lance.LanceDataset,
+        vectors: torch.Tensor,
+        row_ids: np.ndarray,
+        valid: np.ndarray | None = None,
+    ) -> None:
+        """See :meth:`gpu_lance.index.column.ColumnIndex.append`."""
+        with self._lock:
+            start = time.perf_counter()
+            mark = Mark.of(dataset, self.column)
+            operation = operation_of(dataset)
+            if mark.version != before + 1 or operation not in ("Append", "Overwrite"):
+                return
+            try:
+                if self._held is None or operation == "Overwrite":
+                    if dataset.count_rows() != len(row_ids):
+                        return
+                    self.drop()
+                    dtype = stored_dtype(dataset, self.column, self.ndims)
+                    self._store = self._new_store(len(row_ids), dtype)
+                elif not self._is_next(dataset, mark):
+                    return
+                if self._store is None:
+                    return
+                self._store.add(vectors, row_ids, mark.version, valid)
+                self._publish(Held.of(dataset, self.column))
+            except BaseException as error:
+                self.drop()
+                left = (IndexBackendError, NoRoomError, DoesNotNarrowError)
+                if isinstance(error, left) or is_out_of_memory(error):
+                    logger.warning("index of %r: dropped after an add: %s", self.column, error)
+                    return
+                raise
+            self.refresh = Refresh("append", None, time.perf_counter() - start)
+
+    def _is_next(self, dataset: lance.LanceDataset, mark: Mark) -> bool:
+        """Whether the version before the dataset's is the very one that is held."""
+        assert self._held is not None
+        held = self._held.mark
+        if held.version != mark.version - 1 or held.field_id != mark.field_id:
+            return False
+        try:
+            return Mark.of(dataset.checkout_version(held.version), self.column) == held
+        except (OSError, RuntimeError, ValueError):
+            return False
+
+    # ----------------------------------------------------------------- letting go
+
+    def drop(self) -> None:
+        """Hold nothing. Searches that run keep their snapshots to their end."""
+        with self._lock:
+            self._store = None
+            self._held = None
+            self._kept = OrderedDict()
+            self._allowance = 0
+            self.budget.release(self)
+
+    def evict(self) -> bool:
+        """Drop everything and say True; False at once if somebody is changing it."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            if self._store is not None and self._held is None:
+                return False  # it is being filled further up this thread's stack
+            self.drop()
+            logger.info("index of %r: dropped for another column's sake", self.column)
+            return True
+        finally:
+            self._lock.release()
+
+
+def stored_dtype(dataset: lance.LanceDataset, column: str, ndims: int) -> np.dtype:
+    """Of a vector column's values: float16, float32 or float64; SchemaError for another column."""
+    return np.dtype(f"f{check_column(dataset, column, ndims)}")

@@ -1,0 +1,148 @@
+"""Exact search of a column that is not held: its rows are read from Lance for each search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gpu_lance.index.base import SearchResult
+from gpu_lance.index.exact import ExactSearch, checked
+from gpu_lance.index.rescore import NO_ROW, rank
+from gpu_lance.index.snapshot import TILE_BYTES, Snapshot
+from gpu_lance.index.store import ResidentStore
+from gpu_lance.optional import require
+
+if TYPE_CHECKING:
+    import lance
+    import torch
+
+    from gpu_lance.index.planner import Planner
+    from gpu_lance.index.read import Block
+    from gpu_lance.types import Metric
+
+EXTRAS = "cpu|cuda13|cuda12"
+
+
+def lookup(dataset: lance.LanceDataset, column: str, snapshot: Snapshot) -> Stored:
+    """Gives the stored vectors of slots, read from Lance: for rows that are held narrower.
+
+    Parameters
+    ----------
+    dataset : lance.LanceDataset
+        At the version of the snapshot.
+    column : str
+    snapshot : Snapshot
+    """
+    from gpu_lance.index.read import read_blocks
+
+    def stored(slots: torch.Tensor) -> torch.Tensor:
+        wanted = snapshot.row_ids[slots.cpu().numpy()]
+        unique = np.unique(wanted)
+        blocks = read_blocks(dataset, column, snapshot.ndims, row_ids=unique)
+        return _pick([(b.row_ids, b.vectors.copy()) for b in blocks], wanted)
+
+    return stored
+
+
+Stored = Callable[["torch.Tensor"], "torch.Tensor"]
+
+
+def _pick(parts: list[tuple[np.ndarray, np.ndarray]], wanted: np.ndarray) -> torch.Tensor:
+    """The vectors, on the host, of those row ids."""
+    torch = require("torch", extra=EXTRAS)
+    row_ids = np.concatenate([part[0] for part in parts])
+    vectors = np.concatenate([part[1] for part in parts])
+    order = np.argsort(row_ids)
+    places = order[np.searchsorted(row_ids, wanted, sorter=order)]
+    return torch.from_numpy(vectors[places])
+
+
+def stream(
+    blocks: Iterable[Block],
+    ndims: int,
+    metric: Metric,
+    planner: Planner,
+    device: torch.device,
+    queries: torch.Tensor,
+    k: int,
+    lower: float | None,
+    upper: float | None,
+    run: Callable[[Callable[[torch.Tensor, int], SearchResult], torch.Tensor, int], SearchResult],
+) -> tuple[SearchResult, int]:
+    """The k nearest rows of each query among rows that go by once.
+
+    The nearest of all are the nearest of each piece, merged; every piece is searched exactly.
+
+    Parameters
+    ----------
+    blocks : iterable of Block
+        The rows that qualify.
+    queries : torch.Tensor
+        (m, d), finite.
+    run : callable
+        Runs one search of a piece: it is given the search, the queries and k.
+
+    Returns
+    -------
+    SearchResult
+    int
+        How many rows went by.
+    """
+    queries = checked(queries, k, ndims, device)
+    ids = np.full((len(queries), 0), NO_ROW, np.int64)
+    distances = np.full((len(queries), 0), np.inf, np.float32)
+    rows = 0
+    for snapshot, stored in _pieces(blocks, ndims, device):
+        rows += snapshot.num_live
+        search = ExactSearch(snapshot, metric, planner, stored)
+
+        def one(some: torch.Tensor, k: int, search: ExactSearch = search) -> SearchResult:
+            return search.search(some, k, lower=lower, upper=upper)
+
+        found = run(one, queries, min(k, max(1, snapshot.num_live)))
+        names = np.where(found.row_ids < 0, NO_ROW, found.row_ids)
+        ids, distances = rank(
+            np.concatenate([ids, names], axis=1),
+            np.concatenate([distances, found.distances], axis=1),
+            k,
+        )
+    result = SearchResult.empty(len(queries), k)
+    result.row_ids[:, : ids.shape[1]] = np.where(ids == NO_ROW, -1, ids)
+    result.distances[:, : ids.shape[1]] = distances
+    return result, rows
+
+
+def _pieces(
+    blocks: Iterable[Block], ndims: int, device: torch.device
+) -> Iterator[tuple[Snapshot, Stored | None]]:
+    """The rows in pieces of bounded size, and what gives their stored values if those are wider."""
+    torch = require("torch", extra=EXTRAS)
+    store: ResidentStore | None = None
+    wide: list[tuple[np.ndarray, np.ndarray]] = []
+    seen = 0
+
+    def piece() -> tuple[Snapshot, Stored | None]:
+        assert store is not None
+        snapshot, parts = store.publish(), list(wide)
+        if not parts:
+            return snapshot, None
+        return snapshot, lambda slots: _pick(parts, snapshot.row_ids[slots.cpu().numpy()])
+
+    for block in blocks:
+        n, size = len(block.row_ids), block.vectors.dtype.itemsize
+        if store is not None and (seen + n) * ndims * size > TILE_BYTES:
+            yield piece()
+            store = None
+        if store is None:
+            dtype = torch.float16 if size == 2 else torch.float32
+            store, seen = ResidentStore(ndims, dtype, device), 0
+            wide = []
+            store.expect(max(n, TILE_BYTES // (ndims * size)))
+        store.add(block.vectors, block.row_ids, block.updated, block.valid)
+        seen += n
+        if size == 8:
+            wide.append((block.row_ids, block.vectors.copy()))
+    if store is not None:
+        yield piece()
