@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -55,6 +57,7 @@ class Store(dict[int, tuple[int, bytes]]):
     """What an index holds: by row id, version of last change and vector."""
 
     def __init__(self, dataset: lance.LanceDataset) -> None:
+        super().__init__()
         self.held = Held.of(dataset, "vector")
         self.read = 0
         self.take(read_blocks(dataset, "vector", D))
@@ -67,6 +70,11 @@ class Store(dict[int, tuple[int, bytes]]):
                 self.pop(row_id, None)
                 if valid[i]:
                     self[row_id] = int(block.updated[i]), block.vectors[i].tobytes()
+
+    def __deepcopy__(self, memo: Any) -> Store:
+        other = copy.copy(self)
+        other.__dict__ = dict(self.__dict__)
+        return other
 
     def vectors(self) -> dict[int, bytes]:
         return {row_id: vector for row_id, (_, vector) in self.items()}
@@ -110,8 +118,9 @@ def some(rng: np.random.Generator) -> str:
     return f"id % {rng.integers(2, 9)} = {rng.integers(0, 3)}"
 
 
-def fresh(rng: np.random.Generator) -> pa.Table:
-    return rows([next(FRESH) for _ in range(rng.integers(1, 12))], int(rng.integers(1 << 30)))
+def fresh(rng: np.random.Generator, nulls: bool = True) -> pa.Table:
+    ids = [next(FRESH) for _ in range(rng.integers(1, 12))]
+    return rows(ids, int(rng.integers(1 << 30)), nulls)
 
 
 def existing(path: str, rng: np.random.Generator) -> pa.Table:
@@ -212,7 +221,7 @@ ORDINARY: dict[str, Operation] = {
     "add column": add_column,
     "drop column": drop_column,
     "behind": behind,
-    "lancedb add": by_lancedb(lambda t, g: t.add(fresh(g))),
+    "lancedb add": by_lancedb(lambda t, g: t.add(fresh(g, nulls=False))),
     "lancedb update": by_lancedb(
         lambda t, g: t.update(where=some(g), values={"vector": [4.0, 5.0, 6.0]})
     ),
@@ -225,8 +234,7 @@ ORDINARY: dict[str, Operation] = {
         lambda t, g: (
             t.merge_insert("id")
             .when_matched_update_all()
-            .when_not_matched_insert_all()
-            .execute(rows(range(5, 15), int(g.integers(1 << 30))))
+            .execute(rows(range(5, 15), int(g.integers(1 << 30)), nulls=False))
         )
     ),
 }
@@ -241,15 +249,240 @@ ODD: dict[str, Operation] = {
 }
 
 
-def history(path: str, seed: int, operations: dict[str, Operation], steps: int) -> list[str]:
-    """A table after random operations; what was done."""
-    rng = np.random.default_rng(seed)
+def history(
+    path: str, rng: np.random.Generator, operations: dict[str, Operation], steps: int
+) -> Iterator[str]:
+    """Do random things to a new table, and yield the name of each when it is done."""
     create(path, rows(range(60)), max_rows_per_file=25)
-    names = []
+    yield "create"
     for _ in range(steps):
-        names.append(str(rng.choice(list(operations))))
-        try:
-            operations[names[-1]](path, rng)
-        except (OSError, ValueError, RuntimeError) as error:
-            names[-1] += f" failed ({str(error)[:40]})"
-    return names
+        name = str(rng.choice(list(operations)))
+        operations[name](path, rng)
+        yield name
+
+
+def follows(path: str, seed: int, operations: dict[str, Operation], steps: int) -> set[str]:
+    """Go between all kinds of versions of a random table; the kinds of answers that came."""
+    rng, done, stores, answers = np.random.default_rng(seed), [], [], set()
+    for name in history(path, rng, operations, steps):
+        done.append(name)
+        stores.append(Store(lance.dataset(path)))
+    follower = stores[0]
+    versions = [each["version"] for each in lance.dataset(path).versions()]
+    for version in [versions[-1], *rng.choice(versions, 8)]:
+        dataset = lance.dataset(path, version=int(version))
+        want = truth(dataset)
+        for method in (Store.changes, Store.difference):
+            store = copy.deepcopy(stores[rng.integers(len(stores))])
+            start, before = store.held.mark.version, store.read
+            found = method(store, dataset)
+            answers.add(kind(found))
+            if not isinstance(found, str):
+                assert store.vectors() == want, f"{done}: {start} to {version}, {found}"
+            if isinstance(found, Difference):
+                assert 2 * (store.read - before) <= dataset.count_rows()
+        if isinstance(follower.changes(dataset), str) and isinstance(
+            follower.difference(dataset), str
+        ):
+            follower = Store(dataset)
+        assert follower.vectors() == want, f"{done}: followed to {version}"
+    return answers
+
+
+def kind(found: Changes | Difference | str) -> str:
+    if isinstance(found, str):
+        return re.sub(r"\d+|\(.*\)", "N", found)
+    return "inserted only" if getattr(found, "inserted_only", False) else type(found).__name__
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_follows_what_is_usually_done(path: str, seed: int) -> None:
+    follows(path, seed, ORDINARY, 10)
+
+
+@pytest.mark.parametrize("seed", range(100, 110))
+def test_follows_what_is_seldom_done(path: str, seed: int) -> None:
+    follows(path, seed, ORDINARY | ODD, 10)
+
+
+# ------------------------------------------------------------- one thing at a time
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("append", "inserted only"),
+        ("delete", "inserted only"),
+        ("update other", "inserted only"),
+        ("update all others", "inserted only"),
+        ("update vector", "Changes"),
+        ("merge words", "Changes"),
+        ("compact", "inserted only"),
+        ("add column", "Changes"),
+        ("restore", "version N is a Restore"),
+        ("in place", "version N rewrote the column"),
+        ("in place, marked", "Changes"),
+        ("replaced files", "version N is a DataReplacement"),
+        ("replaced files by merge", "version N rewrote the column"),
+        ("overwrite", "version N is a Overwrite"),
+        ("lancedb update other", "inserted only"),
+        ("lancedb merge", "Changes"),
+        ("lancedb optimize", "inserted only"),
+    ],
+)
+def test_changes(path: str, name: str, answer: str) -> None:
+    create(path, rows(range(60)), max_rows_per_file=25)
+    lance.dataset(path).delete("id = 7")
+    store, rng = Store(lance.dataset(path)), np.random.default_rng(1)
+    read = store.read
+    (ORDINARY | ODD)[name](path, rng)
+    dataset = lance.dataset(path)
+    found = store.changes(dataset)
+    assert kind(found) == answer
+    if not isinstance(found, str):
+        assert store.vectors() == truth(dataset)
+    if answer == "inserted only" or name == "add column":
+        assert store.read - read == dataset.count_rows("id >= 1000")
+
+
+def test_rows_of_an_update_of_other_columns_are_not_read_again(path: str) -> None:
+    store = Store(create(path, rows(range(60))))
+    dataset = lance.dataset(path)
+    dataset.update({"word": "'x'"}, where="id < 30")
+    lance.write_dataset(rows(range(60, 65), nulls=False), path, mode="append")
+    lance.dataset(path).update({"word": "'y'"}, where="id >= 60")
+    dataset, store.read = lance.dataset(path), 0
+    assert kind(store.changes(dataset)) == "inserted only"
+    assert store.read == 5
+    assert store.vectors() == truth(dataset)
+    dataset.update({"word": "'z'"}, where="id < 4")
+    dataset.update({"vector": "[7, 7, 7]"}, where="id < 4")
+    dataset.update({"word": "'z'"}, where="id < 4")
+    store.read = 0
+    assert kind(store.changes(lance.dataset(path))) == "Changes"
+    assert store.read == 4
+    assert store.vectors() == truth(lance.dataset(path))
+
+
+def test_a_compaction_of_a_table_with_a_scalar_index_is_followed(path: str) -> None:
+    dataset = create(path, rows(range(60)), max_rows_per_file=25)
+    dataset.create_scalar_index("id", "BTREE")
+    store = Store(dataset)
+    dataset.delete("id < 9")
+    dataset.optimize.compact_files()
+    assert kind(store.changes(lance.dataset(path))) == "inserted only"
+    assert store.vectors() == truth(lance.dataset(path))
+
+
+def test_difference_reads_what_differs_and_no_more(path: str) -> None:
+    create(path, rows(range(60), nulls=False), max_rows_per_file=25)
+    dataset = lance.dataset(path)
+    dataset.delete("id < 5")
+    dataset.update({"vector": "[1, 2, 3]"}, where="id >= 50")
+    dataset.optimize.compact_files()
+    lance.write_dataset(rows(range(60, 64), nulls=False), path, mode="append")
+    new, old = lance.dataset(path), lance.dataset(path, version=1)
+    store = Store(new)
+    found = store.difference(old)
+    assert isinstance(found, Difference)
+    assert sorted(found.gone.tolist()) == list(range(50, 64))
+    assert sorted(found.read.tolist()) == [0, 1, 2, 3, 4, *range(50, 60)]
+    assert store.vectors() == truth(old)
+    old.restore()
+    found = store.difference(lance.dataset(path))
+    assert isinstance(found, Difference)
+    assert len(found.gone) == len(found.read) == 0
+
+
+def test_a_missing_history_is_crossed_by_the_files_that_stay(path: str) -> None:
+    create(path, rows(range(60), nulls=False), max_rows_per_file=20)
+    store = Store(lance.dataset(path))
+    in_place(path, np.random.default_rng(0))
+    lance.dataset(path).delete("id = 45")
+    lance.dataset(path).cleanup_old_versions(older_than=timedelta(0))
+    dataset = lance.dataset(path)
+    assert "history is gone" in str(store.changes(dataset))
+    found = store.difference(dataset)
+    assert isinstance(found, Difference)
+    assert sorted(found.read.tolist()) == list(range(20))
+    assert store.vectors() == truth(dataset)
+    in_place(path, np.random.default_rng(1))
+    lance.dataset(path).optimize.compact_files()  # the rows do not tell, the files are gone
+    lance.dataset(path).cleanup_old_versions(older_than=timedelta(0))
+    assert "history is gone" in str(store.difference(lance.dataset(path)))
+
+
+def test_a_rewrite_in_place_is_found_behind_a_compaction(path: str) -> None:
+    create(path, rows(range(60), nulls=False), max_rows_per_file=20)
+    store = Store(lance.dataset(path))
+    in_place(path, np.random.default_rng(0))
+    lance.dataset(path).optimize.compact_files()
+    for method in (store.changes, store.difference):
+        assert "rewrote the column" in str(method(lance.dataset(path)))
+
+
+def test_another_table_under_the_path(path: str, tmp_path: Path) -> None:
+    dataset = create(path, rows(range(60)))
+    shutil.copytree(path, tmp_path / "copy")
+    dataset.update({"vector": "[1, 1, 1]"}, where="id < 9")
+    dataset.update({"word": "'x'"}, where="id = 50")
+    store = Store(lance.dataset(path))
+    # a copy of an earlier state takes its place, and then goes its own way
+    shutil.rmtree(path)
+    shutil.move(tmp_path / "copy", path)
+    dataset = lance.dataset(path)
+    dataset.update({"vector": "[2, 2, 2]"}, where="id < 9")
+    assert store.difference(dataset) == "the table was put back to an earlier state"
+    assert "not newer" in str(store.changes(dataset))
+    dataset.update({"word": "'y'"}, where="id = 50")
+    assert store.difference(lance.dataset(path)) == "the table was replaced"
+    dataset.delete("id = 1")
+    for method in (store.changes, store.difference):
+        assert method(lance.dataset(path)) == "the table was replaced"
+    shutil.rmtree(path)
+    dataset = create(path, rows(range(60), 9))
+    assert "put back" in str(store.difference(dataset))
+
+
+def test_without_stable_row_ids_and_with_another_column(path: str) -> None:
+    dataset = create(path, rows(range(20)), enable_stable_row_ids=False)
+    store = Store(dataset)
+    assert {updated for updated, _ in store.values()} == {0}
+    dataset.delete("id = 1")
+    for method in (store.changes, store.difference):
+        assert method(lance.dataset(path)) == "it has no stable row ids"
+    shutil.rmtree(path)
+    dataset = create(path, rows(range(20)))
+    store = Store(dataset)
+    dataset.alter_columns({"path": "vector", "data_type": pa.list_(pa.float16(), D)})
+    for method in (store.changes, store.difference):
+        assert method(lance.dataset(path)) == "the column was replaced"
+    dataset.drop_columns(["vector"])
+    with pytest.raises(SchemaError, match="no column 'vector'"):
+        store.changes(lance.dataset(path))
+
+
+def test_row_ids_far_apart(path: str) -> None:
+    dataset = create(path, rows(range(40), nulls=False))
+    held = Held.of(dataset, "vector")
+    ids = np.array([10**12, 39, 3, 10**15, 5])
+    found = difference(dataset, held, "vector", ids, np.array([1, 1, 1, 1, 2]))
+    assert found == "most rows changed"
+    ids = np.concatenate([[10**12], np.arange(40)[::-1], [10**15]])
+    updated = np.where(ids == 5, 2, 1)
+    found = difference(dataset, held, "vector", ids, updated)
+    assert isinstance(found, Difference)
+    assert found.gone.tolist() == [10**12, 5, 10**15]
+    assert found.read.tolist() == [5]
+
+
+def test_marks_and_conditions(path: str) -> None:
+    dataset = create(path, rows(range(40)))
+    assert Mark.of(dataset, "vector") == Mark.of(lance.dataset(path), "vector")
+    held = Held.of(dataset, "vector")
+    dataset.delete("id = 3")
+    assert list(held.files) == [0]  # of its own version, wherever the handle goes
+    assert held.mark.version == 1
+    assert matching_row_ids(dataset, "id < 5").tolist() == [0, 1, 2, 4]
+    with pytest.raises(QueryError, match=r"filter 'nope = 1' cannot be run: .*nope"):
+        matching_row_ids(dataset, "nope = 1")

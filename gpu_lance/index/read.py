@@ -115,6 +115,8 @@ def read_blocks(
     if row_ids is not None:
         wanted = np.unique(np.asarray(row_ids, np.int64))
         wanted = wanted[wanted >= 0]
+        if not len(wanted):
+            return iter(())
         whole = dataset.count_rows()
         if _looked_up(wanted, whole, ndims * width):
             batches = _take(dataset, wanted, rows, names)
