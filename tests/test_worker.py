@@ -459,6 +459,8 @@ from gpu_lance.index.base import SearchResult
 from gpu_lance.index.worker import Worker
 
 rows = torch.ones(20_000, 64)
+# made here: a daemon thread inside torch itself would end an interpreter that ends with an abort
+queries = torch.ones(1, 64)
 worker = Worker.of(torch.device("cpu"))
 
 def run(queries, k):
@@ -466,7 +468,7 @@ def run(queries, k):
     return SearchResult(best.indices.numpy(), best.values.numpy())
 
 def search():
-    return int(worker.search("t", torch.ones(1, 64), 3, run).distances[0, 0])
+    return int(worker.search("t", queries, 3, run).distances[0, 0])
 """
 
 FORK = """
