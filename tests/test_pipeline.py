@@ -25,6 +25,9 @@ SCHEMA = pa.schema({"id": pa.int64(), "text": pa.utf8(), "vector": pa.list_(pa.f
 class Place:
     device = torch.device("cpu")
 
+    def room(self) -> int:
+        return 1 << 30
+
 
 class Lengths(TextEmbeddingFunction):
     """(length, first letter, 1) of a text, and a record of who asked for what."""

@@ -49,6 +49,12 @@ class ResidentIndexes:
         """What the columns reserve their memory in."""
         return Budget.of(self.device) if self._budget is None else self._budget
 
+    def room(self) -> int:
+        """Bytes of new vectors that may wait on the device for their commit."""
+        known = self.budget.info()
+        limit = known["free"] if known["limit"] is None else known["limit"]
+        return int(min(known["free"], limit) // 4)
+
     def of(self, column: str, ndims: int) -> ColumnIndex:
         """The index of a column; a column whose vectors changed length gets a new one."""
         with self._lock:
@@ -56,7 +62,8 @@ class ResidentIndexes:
             if index is None or index.ndims != ndims:
                 if index is not None:
                     index.close()
-                index = self._indexes[column] = ColumnIndex(column, ndims, self.device)
+                index = ColumnIndex(column, ndims, self.device, self.budget)
+                self._indexes[column] = index
             return index
 
     def held(self) -> dict[str, ColumnIndex]:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from gpu_lance.device import free_memory
 from gpu_lance.ingest.channel import Channel, Stage, Stopped
 from gpu_lance.ingest.embed import (
     Embedded,
@@ -46,6 +45,9 @@ class Placed(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+    def room(self) -> int:
+        """Bytes of new vectors that may wait on the device for their commit."""
 
 
 @dataclass
@@ -130,8 +132,8 @@ class Pipeline:
     columns : list of VectorColumn
         Its vector columns.
     policy : Policy
-    place : object with an attribute `device`
-        Says where vectors are kept; asked only if there is something to embed.
+    place : object with `device` and `room()`
+        Says where vectors are kept, and how many; asked only if there is something to embed.
     progress : callable, optional
         Called with the number of rows embedded so far, after each batch.
 
@@ -160,8 +162,8 @@ class Pipeline:
         self._progress = progress
         self.report = Report()
         self.kept = Kept(0)
-        if self._device is not None:
-            self.kept.budget = min(free_memory(self._device) // 4, KEPT_BYTES)
+        if place is not None and self._device is not None:
+            self.kept.budget = min(place.room(), KEPT_BYTES)
 
     def write(self, source: Source, write: Callable[[Iterator[pa.RecordBatch]], T]) -> T:
         """Run everything; `write` consumes the finished batches, and its result is returned.
