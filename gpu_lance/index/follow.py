@@ -161,7 +161,7 @@ class Follower:
             if isinstance(found, Changes):
                 self._store.remove(found.deleted)
                 if found.since is not None:
-                    self._read(dataset, since=found.since)
+                    self._read(dataset, since=found.since, inserted_only=found.inserted_only)
                 kind = "delta" if found.since is not None else "unchanged"
             elif isinstance(found, Difference):
                 self._store.remove(found.gone)
@@ -170,8 +170,12 @@ class Follower:
                 kind = "difference"
             else:
                 reason = found
-        except (NoRoomError, DoesNotNarrowError) as error:
-            found, reason = str(error), str(error)
+        except (NoRoomError, DoesNotNarrowError, RuntimeError, MemoryError) as error:
+            if not isinstance(error, NoRoomError | DoesNotNarrowError | MemoryError):
+                if not is_out_of_memory(error):
+                    raise
+                release_cache(self.device)
+            found = str(error)
         if isinstance(found, str):
             self.drop()
             if not dataset.has_stable_row_ids and not self._warned:

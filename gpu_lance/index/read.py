@@ -197,6 +197,8 @@ def _picked(blocks: Iterator[Block], wanted: np.ndarray) -> Iterator[Block]:
             yield block
         elif len(kept):
             valid = None if block.valid is None else block.valid[kept]
+            if valid is not None and valid.all():
+                valid = None
             yield Block(block.vectors[kept], block.row_ids[kept], block.updated[kept], valid)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from gpu_lance.errors import SchemaError
-from gpu_lance.index.read import ROW_ADDRESS, ROW_ID, UPDATED, read_blocks
+from gpu_lance.index.read import ROW_ADDRESS, ROW_ID, UPDATED
 from gpu_lance.lance_errors import asking, first_line, reading
 
 # what these do to a row, its version of last change tells, and the delta
@@ -438,14 +438,3 @@ def _int64(numbers: pa.ChunkedArray, *, missing: int = 0) -> np.ndarray:
         numbers = numbers.fill_null(missing)
     found: np.ndarray = numbers.to_numpy().astype(np.int64, copy=False)
     return found
-
-
-def read_vectors(
-    dataset: lance.LanceDataset, column: str, ndims: int, since: int | None = None, **_: Any
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """What `read_blocks` gives, as (n, d) float32, row ids and which rows are whole."""
-    for block in read_blocks(dataset, column, ndims, since=since):
-        with np.errstate(over="ignore"):
-            vectors = block.vectors.astype(np.float32)
-        valid = np.ones(len(vectors), bool) if block.valid is None else block.valid
-        yield vectors, block.row_ids, valid
