@@ -15,7 +15,9 @@ import torch
 
 from gpu_lance.errors import IndexBackendError, MissingExtraError
 from gpu_lance.index import FlatIndex, faiss_binding
-from gpu_lance.index.faiss_binding import MAX_K, FaissStore, GpuResources, load_faiss
+from gpu_lance.index.engines import Block
+from gpu_lance.index.faiss_binding import MAX_K, GpuResources, load_faiss
+from gpu_lance.index.faiss_engine import FaissEngine
 from gpu_lance.index.planner import Planner
 from gpu_lance.types import Metric
 
@@ -25,12 +27,6 @@ needs_cuda = pytest.mark.skipif(
     not (torch.cuda.is_available() and hasattr(faiss, "GpuIndexFlat")),
     reason="needs a CUDA device and a FAISS that is built for it",
 )
-
-
-def store_of(rows: torch.Tensor, metric: Metric = Metric.L2) -> FaissStore:
-    store = FaissStore(faiss, rows.shape[1], rows.device, metric)
-    store.add(rows)
-    return store
 
 
 # -------------------------------------------------------------------- finding it
@@ -95,61 +91,6 @@ def test_the_installed_wheel_is_found_once() -> None:
     assert len(faiss_binding._installed_wheels()) == 1
 
 
-# ---------------------------------------------------------------------- the store
-
-
-@pytest.mark.parametrize("metric", [Metric.L2, Metric.DOT])
-def test_scores_are_distances(metric: Metric) -> None:
-    rows = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
-    queries = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
-    scores, slots = store_of(rows, metric).candidates(queries, 40)
-    exact = torch.cdist(queries, rows) ** 2 if metric is Metric.L2 else 1 - queries @ rows.T
-    torch.testing.assert_close(scores, exact.gather(1, slots), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(scores, exact.sort(dim=1).values, atol=1e-5, rtol=1e-5)
-
-
-def test_cpu_tiles_are_views_of_its_memory() -> None:
-    rows = torch.arange(24.0).view(8, 3)
-    store = store_of(rows)
-    tiles = list(store.tiles(3))
-    assert [start for start, _ in tiles] == [0, 3, 6]
-    assert torch.equal(torch.cat([tile for _, tile in tiles]), rows)
-    step = tiles[1][1].data_ptr() - tiles[0][1].data_ptr()
-    assert step == 3 * 3 * 4
-    assert tiles[0][1].data_ptr() != rows.data_ptr()
-
-
-def test_reserve_takes_the_memory_once() -> None:
-    store = FaissStore(faiss, 3, CPU, Metric.L2)
-    store.reserve(1000)
-    assert len(store) == 0
-    store.add(torch.zeros(10, 3))
-    where = next(store.tiles(1))[1].data_ptr()
-    store.add(torch.ones(990, 3))
-    assert len(store) == 1000
-    assert next(store.tiles(1))[1].data_ptr() == where
-
-
-def test_keep_and_gather() -> None:
-    rows = torch.arange(30.0).view(10, 3)
-    store = store_of(rows)
-    assert torch.equal(store.gather(torch.tensor([9, 0, 0])), rows[[9, 0, 0]])
-    store.keep(torch.tensor([1, 4, 8]))
-    assert torch.equal(next(store.tiles(9))[1], rows[[1, 4, 8]])
-    store.close()
-    assert len(store) == 0
-
-
-def test_wrong_tensors_are_refused_before_their_pointer_is_taken() -> None:
-    store = store_of(torch.zeros(4, 3))
-    with pytest.raises(IndexBackendError, match="float64"):
-        store.add(torch.zeros(2, 3, dtype=torch.float64))
-    with pytest.raises(IndexBackendError, match="contiguous: False"):
-        store.candidates(torch.zeros(3, 4).T[:2], 1)
-    with pytest.raises(IndexBackendError, match=str(MAX_K)):
-        store.candidates(torch.zeros(1, 3), MAX_K + 1)
-
-
 # ---------------------------------------------------- nothing changes for others
 
 
@@ -161,17 +102,21 @@ def test_the_blas_threshold_is_ours_only_while_we_search() -> None:
             assert faiss.cvar.distance_compute_blas_threshold == 1
         assert faiss.cvar.distance_compute_blas_threshold == 1
     assert faiss.cvar.distance_compute_blas_threshold == before
-    store = store_of(torch.randn(100, 3))
-    threads = [
-        threading.Thread(target=lambda: [store.candidates(torch.zeros(9, 3), 5) for _ in range(50)])
-        for _ in range(4)
-    ]
+    engine = FaissEngine(faiss, CPU)
+    rows = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+    block, queries = Block(rows, rows.norm(dim=1)), torch.zeros(9, 3)
+
+    def search() -> None:
+        for _ in range(50):
+            engine.nearest(block, Metric.L2, queries, torch.zeros(9), 5)
+
+    threads = [threading.Thread(target=search) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     with pytest.raises(IndexBackendError):
-        store.candidates(torch.zeros(1, 3), MAX_K + 1)
+        engine.nearest(block, Metric.L2, queries, torch.zeros(9), MAX_K + 1)
     assert faiss.cvar.distance_compute_blas_threshold == before
 
 
@@ -217,35 +162,13 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             log.append(("init", device))
             return 0
 
-    class Index:
-        def __init__(self, resources: Resources, d: int, metric: int, config: Any) -> None:
-            assert isinstance(resources, Resources)
-            assert (config.device, config.use_cuvs) == (0, False)
-            self.inner = faiss.IndexFlat(d, metric)
-
-        def __getattr__(self, name: str) -> Any:
-            # what the GPU class has; get_xb, codes and remove_ids it has not
-            assert name in {
-                "ntotal", "add_c", "search_c", "reconstruct_n_c", "reconstruct_batch_c", "reset",
-            }, name  # fmt: skip
-            if name != "ntotal":
-                assert log[-1][0] == "stream"
-                log.append((name, None))
-            return getattr(self.inner, name)
-
     class Nothing:
         def __init__(self, *_: Any) -> None: ...
         def __enter__(self) -> None: ...
         def __exit__(self, *_: object) -> None: ...
 
     fake = SimpleNamespace(
-        GpuIndexFlat=Index,
-        GpuIndexFlatConfig=SimpleNamespace,
         StandardGpuResources=Resources,
-        METRIC_L2=faiss.METRIC_L2,
-        METRIC_INNER_PRODUCT=faiss.METRIC_INNER_PRODUCT,
-        cast_integer_to_float_ptr=faiss.cast_integer_to_float_ptr,
-        cast_integer_to_idx_t_ptr=faiss.cast_integer_to_idx_t_ptr,
         cast_integer_to_cudastream_t=lambda stream: stream,
         log=log,
     )
@@ -259,25 +182,11 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return fake
 
 
-def test_the_gpu_branch_makes_the_right_calls(pretend: SimpleNamespace) -> None:
-    store = FaissStore(pretend, 3, torch.device("cuda", 0), Metric.L2)
-    assert pretend.log[:3] == [("temp", 512 << 20), ("pinned", 0), ("init", 0)]
-    assert store.name == "faiss GpuIndexFlat"
-    store.device = CPU  # the tensors of this test
-    rows = torch.arange(30.0).view(10, 3)
-    store.reserve(10)
-    store.add(rows)
-    assert torch.equal(store.candidates(rows[:2].contiguous(), 3)[1][:, 0], torch.tensor([0, 1]))
-    assert torch.equal(torch.cat([tile.clone() for _, tile in store.tiles(4)]), rows)
-    assert torch.equal(store.gather(torch.tensor([9, 2])), rows[[9, 2]])
-    store.keep(torch.tensor([0, 5, 9]))
-    assert torch.equal(next(store.tiles(5))[1], rows[[0, 5, 9]])
-    store.close()
-    assert len(store) == 0
-    assert {stream for name, stream in pretend.log if name == "stream"} == {(0, 77)}
-    assert {"add_c", "search_c", "reconstruct_n_c", "reconstruct_batch_c", "reset"} <= {
-        name for name, _ in pretend.log
-    }
+def test_a_session_is_on_torchs_current_stream(pretend: SimpleNamespace) -> None:
+    resources = GpuResources.of(pretend, 0)
+    assert pretend.log == [("temp", 512 << 20), ("pinned", 0), ("init", 0)]
+    with resources.session():
+        assert pretend.log[-1] == ("stream", (0, 77))
 
 
 def test_resources_are_shared_by_the_indexes_of_a_device(pretend: SimpleNamespace) -> None:
@@ -302,56 +211,37 @@ def test_resources_that_did_not_get_their_memory_are_not_used_again(
     with monkeypatch.context() as patch:
         patch.setattr(pretend.StandardGpuResources, "getDefaultStream", fails)
         with pytest.raises(RuntimeError, match="out of memory"):
-            FaissStore(pretend, 3, torch.device("cuda", 0), Metric.L2)
-    assert len(FaissStore(pretend, 3, torch.device("cuda", 0), Metric.L2)) == 0
+            GpuResources.of(pretend, 0)
+    assert GpuResources.of(pretend, 0).handle is not None
     assert [name for name, _ in pretend.log].count("temp") == 2
 
 
 @pytest.mark.gpu
 @needs_cuda
-def test_on_a_gpu_tensors_stay_there_and_streams_are_obeyed() -> None:
+def test_a_gpu_is_searched_from_many_threads() -> None:
     device = torch.device("cuda", 0)
     module, reason = load_faiss(device)
     assert module is not None, reason
-    store = FaissStore(module, 64, device, Metric.L2)
-    side = torch.cuda.Stream(device)
-    with torch.cuda.stream(side):  # made and added on a stream that is not the default one
-        rows = torch.randn(20000, 64, device=device)
-        store.add(rows)
-        _, slots = store.candidates(rows[:100].contiguous(), 1)
-    torch.cuda.current_stream(device).wait_stream(side)
-    assert slots.device == device
-    assert slots[:, 0].tolist() == list(range(100))
-    assert torch.equal(torch.cat([tile.clone() for _, tile in store.tiles(3000)]), rows)
-    picked = torch.tensor([7, 19999, 7], device=device)
-    assert torch.equal(store.gather(picked), rows[picked])
-    store.keep(picked[:2])
-    assert torch.equal(next(store.tiles(5))[1], rows[picked[:2]])
-    store.close()
-
-
-@pytest.mark.gpu
-@needs_cuda
-def test_two_gpu_indexes_searched_from_many_threads() -> None:
-    device = torch.device("cuda", 0)
-    stores = [FaissStore(load_faiss(device)[0], 16, device, m) for m in (Metric.L2, Metric.DOT)]
     rows = torch.randn(5000, 16, device=device)
-    failures: list[BaseException] = []
-    for store in stores:
-        store.add(rows)
-    wanted = [store.candidates(rows[:50].contiguous(), 5)[1].cpu() for store in stores]
+    block, queries = Block(rows, rows.norm(dim=1)), rows[:50].contiguous()
+    engine, failures = FaissEngine(module, device), list[BaseException]()
 
-    def search(which: int) -> None:
+    def found(metric: Metric) -> torch.Tensor:
+        return engine.nearest(block, metric, queries, block.norms[:50], 5)[1].cpu()
+
+    wanted = {metric: found(metric) for metric in (Metric.L2, Metric.DOT)}
+
+    def search(metric: Metric) -> None:
         try:
             for _ in range(50):
-                found = stores[which].candidates(rows[:50].contiguous(), 5)[1].cpu()
-                assert torch.equal(found, wanted[which])
+                assert torch.equal(found(metric), wanted[metric])
         except BaseException as error:  # the main thread raises it
             failures.append(error)
 
-    threads = [threading.Thread(target=search, args=(i % 2,)) for i in range(6)]
+    threads = [threading.Thread(target=search, args=(metric,)) for metric in [*wanted] * 3]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not failures, failures[0]
+    assert wanted[Metric.L2][:, 0].tolist() == list(range(50))

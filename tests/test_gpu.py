@@ -18,6 +18,7 @@ from gpu_lance.embeddings import EmbeddingFunctionConfig
 from gpu_lance.embeddings.sentence_transformers import SentenceTransformerEmbeddings
 from gpu_lance.errors import IndexBackendError
 from gpu_lance.index import ColumnIndex, FlatIndex
+from gpu_lance.index.store import ResidentStore
 from gpu_lance.query.inputs import parse_queries
 from gpu_lance.types import Metric, Side
 
@@ -162,7 +163,7 @@ def test_a_delta_that_does_not_fit_says_so(
         index.search(dataset, query, 1, Metric.L2)
         dataset = lance.write_dataset(table(20, 30), path, mode="append")
         with monkeypatch.context() as patch:
-            patch.setattr(FlatIndex, "add", full)
+            patch.setattr(ResidentStore, "add", full)
             with pytest.raises(IndexBackendError, match="does not fit .* Free memory there"):
                 index.search(dataset, query, 1, Metric.L2)
         assert index.info()["rows"] == 0  # half a change is never searched
