@@ -23,7 +23,6 @@ from gpu_lance.errors import BadVectorError, IndexBackendError, QueryError, Sche
 from gpu_lance.index import ColumnIndex, SearchResult
 from gpu_lance.index import column as column_module
 from gpu_lance.index import follow as follow_module
-from gpu_lance.index.budget import Budget
 from gpu_lance.index.store import ResidentStore
 from gpu_lance.types import Metric
 
@@ -283,7 +282,6 @@ def test_follows_every_change(name: str, index: ColumnIndex, path: str) -> None:
     wanted, change = CHANGES[name]
     change(lance.dataset(path), path)  # by another handle
     dataset = lance.dataset(path)
-    assert dataset.version > 2
     check(index, dataset)
     assert kind(index) == wanted
     assert index.info()["version"] == dataset.version
@@ -306,14 +304,6 @@ def test_many_changes_at_once(index: ColumnIndex, path: str) -> None:
     assert kind(index) == "delta"
 
 
-def test_same_version_reads_nothing(index: ColumnIndex, path: str) -> None:
-    dataset = create(path, rows(0, 50))
-    check(index, dataset)
-    refreshed = index.info()["refresh"]
-    check(index, lance.dataset(path))
-    assert index.info()["refresh"] == refreshed
-
-
 def test_older_versions_are_searched_as_they_were(index: ColumnIndex, path: str) -> None:
     create(path, rows(0, 50))
     lance.dataset(path).delete("id < 10")
@@ -334,8 +324,9 @@ def test_a_reader_behind_an_appending_writer_costs_no_rebuild(
     check(index, old, k=60)
     check(index, old, k=60, where="id < 40")
     assert index.info()["scanned"] == 40
-    check(index, new, k=60)
-    assert index.info()["refresh"] == refreshed
+    for handle in (new, lance.dataset(path)):  # the same version by another handle
+        check(index, handle, k=60)
+        assert index.info()["refresh"] == refreshed
     new.delete("id = 4")
     new.update({"vector": "[1, 2, 3, 4, 5, 6]"}, where="id = 7")
     check(index, lance.dataset(path), k=60)
@@ -400,9 +391,7 @@ def test_without_stable_row_ids_it_rebuilds_and_says_so_once(
         lance.dataset(path).optimize.compact_files()
         check(index, lance.dataset(path))
         check(index, lance.write_dataset(rows(100, 120), path, mode="append"))
-    assert [record.message for record in caplog.records if "stable row ids" in record.message] == [
-        caplog.records[0].message
-    ]
+    assert ["stable row ids" in record.message for record in caplog.records] == [True]
 
 
 # -------------------------------------------------------------------- appending
@@ -565,9 +554,9 @@ def test_a_remembered_filter_goes_with_the_slots(index: ColumnIndex, path: str) 
     before, dataset, vectors, ids = appended(path, rows(0, 60))
     order = np.arange(60)[::-1].copy()  # held in another order than a scan gives
     index.append(before, dataset, vectors[order].to(index.device), ids[order])
-    check(index, dataset, where="id < 20")
-    index.close()
-    check(index, dataset, where="id < 20")
+    for _ in range(2):
+        check(index, dataset, where="id < 20")
+        index.close()
 
 
 @pytest.mark.parametrize("where", ["nope = 1", "id =", "id = 'a'", "1", "id IN (SELECT 1)"])
@@ -588,41 +577,6 @@ def test_other_float_types(type_: pa.DataType, index: ColumnIndex, path: str) ->
         check(index, dataset, metric, k=30)
         check(index, dataset, metric, where="id % 3 = 0", lower=0.5)
     assert index.info()["step"] == ("float16" if type_ == pa.float16() else "float32")
-
-
-@pytest.mark.parametrize("type_", [pa.float16(), pa.float32(), pa.float64()])
-@pytest.mark.parametrize("limit", [20_000, 12_000, 100])
-def test_within_a_budget_the_answer_is_the_same(
-    limit: int, type_: pa.DataType, device: torch.device, path: str
-) -> None:
-    """500 rows of 6 values take 23 kB as float32 and 17 kB as float16 on the CPU."""
-    dataset = create(path, rows(0, 500, type_=type_, null=(2,)))
-    steps = set()
-    with ColumnIndex("vector", D, device, Budget(device, limit)) as index:
-        for _ in range(2):
-            for metric in Metric:
-                check(index, dataset, metric, k=30)
-                check(index, dataset, metric, k=600)
-                check(index, dataset, metric, where="id % 3 = 0", lower=0.5, upper=3.0)
-            steps.add(index.info()["step"])
-            dataset.delete("id % 50 = 1")
-            dataset.update({"vector": "[1, 2, 3, 4, 5, 6]"}, where="id % 40 = 3")
-            dataset = lance.write_dataset(rows(500, 520, type_=type_), path, mode="append")
-        check(index, dataset)
-    assert steps == {"float16" if limit == 20_000 else "lance"}
-
-
-def test_columns_make_room_for_each_other(device: torch.device, tmp_path: Path) -> None:
-    budget = Budget(device, 60_000)
-    made = [
-        (ColumnIndex("vector", D, device, budget), create(str(tmp_path / name), rows(0, 500)))
-        for name in ("a.lance", "b.lance", "c.lance")
-    ]
-    for index, dataset in (*made, *made):
-        check(index, dataset)
-        assert index.info()["step"] == "float32"
-        assert budget.held <= 60_000
-    assert [index.info()["rows"] for index, _ in made] == [0, 500, 500]
 
 
 # ------------------------------------------------------------------- bad requests

@@ -79,7 +79,7 @@ SHOWN = {
         'where("topic = ?"': "with",
         "search(questions)": "truth",
         "query_vector =": "slic",
-        "explain_plan": "IndexFlat",
+        "explain_plan": "faiss knn",
         "bananas.": "'text': 'My notes about bananas.'",
         "restore": "(0, 4)",
         '@register("letters")': "banana",

@@ -22,7 +22,7 @@ SLICE_BYTES = 4 << 20  # a thread gets at least as much
 
 @functools.cache
 def _pool(process: int) -> ThreadPoolExecutor:  # the threads of a parent do not survive a fork
-    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="gpu_lance-rows")
+    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="gpu_lance rows")
 
 
 def in_slices(rows: int, row_bytes: int, work: Callable[[int, int], T]) -> list[T]:
