@@ -605,8 +605,7 @@ def test_close_and_search_again(index: ColumnIndex, path: str) -> None:
     dataset = create(path, rows(0, 30))
     check(index, dataset)
     index.close()
-    assert index.info()["rows"] == index.info()["bytes"] == 0
-    assert index.info()["version"] is None
+    assert (index.info()["rows"], index.info()["bytes"], index.info()["version"]) == (0, 0, None)
     check(index, dataset)
 
 
