@@ -79,10 +79,10 @@ def tree_sum(values: np.ndarray) -> np.ndarray:
 
 
 def distances(metric: str, query: Sequence[float], found: np.ndarray) -> np.ndarray:
-    """(n,) float32 from the query (d,) and the vectors (n, d) as float32; NaN for no distance."""
+    """(n,) float32 from the query (d,) and the stored vectors (n, d); NaN for no distance."""
     q = np.asarray(query, np.float32).astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        x = found.astype(np.float32).astype(np.float64)
+        x = found.astype(np.float64)
         if metric == "l2":
             exact = tree_sum((x - q) ** 2)
         elif metric == "dot":

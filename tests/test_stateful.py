@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -530,7 +531,9 @@ class TableMachine(RuleBasedStateMachine):
             for key, row_id, distance in version.nearest(search, one, lower, upper)
         ]
         self.steps.add(table.column_index(VECTOR).info()["step"])
-        assert got == want, f"{search} of {queries} within {lower}, {upper}: {got} is not {want}"
+        pairs = enumerate(zip_longest(got, want))
+        wrong = [f"at {i} {one}, not {other}" for i, (one, other) in pairs if one != other]
+        assert not wrong, f"{search} within {lower}, {upper}: {'; '.join(wrong[:3])}"
 
     @rule(number=handles, search=searches)
     def search(self, number: int, search: Search) -> None:
