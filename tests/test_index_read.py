@@ -103,7 +103,16 @@ def test_reads_what_is_stored(
 
 @pytest.mark.parametrize("count", [0, 1, 8, 150, 400])
 @pytest.mark.parametrize("stable", [True, False])
-def test_reads_by_row_id(path: str, small_blocks: None, count: int, stable: bool) -> None:
+@pytest.mark.parametrize("run_bytes", [0, 1 << 20])  # looked up, or picked from a scan
+def test_reads_by_row_id(
+    path: str,
+    small_blocks: None,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+    stable: bool,
+    run_bytes: int,
+) -> None:
+    monkeypatch.setattr(read, "RUN_BYTES", run_bytes)
     create(
         path, rows((0, 400), nulls=True), max_rows_per_file=150, enable_stable_row_ids=stable
     ).delete("id % 10 = 3")
@@ -136,6 +145,20 @@ def test_ids_are_looked_up_or_picked_from_a_scan_by_what_is_faster(
     ids = np.arange(0, 20000, 4)
     assert list(whole(read_blocks(dataset, "vector", D, row_ids=ids))) == ids.tolist()
     assert taken == [2, 4000]
+
+
+@pytest.mark.parametrize(("nulls", "values"), [(False, False), (True, True)])
+def test_batches_that_begin_within_their_memory(nulls: bool, values: bool) -> None:
+    data = rows((0, 40), pa.float64(), nulls, values)
+    data = data.append_column("_rowid", data["id"].cast(pa.uint64()))
+    (batch,) = data.to_batches()
+    for start, n in ((0, 40), (7, 20), (39, 1)):
+        block = read._block(batch.slice(start, n), "vector", D, 8)
+        for i, vector in enumerate(batch["vector"].slice(start, n).to_pylist()):
+            holed = vector is None or None in vector
+            assert (block.valid is None or bool(block.valid[i])) is not holed
+            assert holed or block.vectors[i].tolist() == vector
+        assert block.row_ids.tolist() == list(range(start, start + n))
 
 
 def test_an_empty_table(path: str) -> None:
