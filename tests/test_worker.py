@@ -59,11 +59,12 @@ class Inbox(queue.SimpleQueue):
     """Says when a request has come."""
 
     def __init__(self) -> None:
-        self.arrived = threading.Semaphore(0)
+        # not a Semaphore: a Ctrl-C within its Python code leaves it locked
+        self.arrived: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
     def put(self, item, block=True, timeout=None):
         super().put(item)
-        self.arrived.release()
+        self.arrived.put(True)
 
 
 class Held:
@@ -85,7 +86,7 @@ class Held:
     def ask(self, key: str, m: int, k: int, run: Callable, value: float | None = None) -> Future:
         """Start a search of `m` queries in a thread; when this returns, the request waits."""
         future = self._pool.submit(self.worker.search, key, queries_of(m, value), k, run)
-        assert self.inbox.arrived.acquire(timeout=SECONDS)
+        assert self.inbox.arrived.get(timeout=SECONDS)
         return future
 
     def go(self) -> None:
@@ -256,7 +257,7 @@ def test_queries_of_other_types_or_lengths_run_apart(held: Held):
     futures = []
     for queries in every:
         futures.append(held._pool.submit(held.worker.search, "t", queries, 1, run))
-        assert held.inbox.arrived.acquire(timeout=SECONDS)
+        assert held.inbox.arrived.get(timeout=SECONDS)
     held.go()
     for future in futures:
         future.result(SECONDS)
@@ -365,7 +366,7 @@ def test_a_caller_that_leaves_is_forgotten(held: Held):
     future = held.ask("u", 1, 1, others)
 
     def interrupt() -> None:
-        assert held.inbox.arrived.acquire(timeout=SECONDS)
+        assert held.inbox.arrived.get(timeout=SECONDS)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)

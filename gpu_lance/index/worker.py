@@ -46,6 +46,7 @@ K_FACTOR = 4
 LINGER = 0.1
 LINGER_SECONDS = 0.02
 IDLE_SECONDS = 5.0
+LOOK_SECONDS = 0.5
 EXIT_SECONDS = 30.0  # how long the end of the program waits for the search that runs
 GRACE_SECONDS = 5.0  # after that, how long other threads' searches wait before they fail
 
@@ -212,7 +213,8 @@ class Worker:
                 request.abandoned = True  # a thread of another caller may come upon it
                 with self._my_turn():
                     return self._here(_Request(key, queries, k, run, ready))
-            request.done.acquire()
+            while not request.done.acquire(timeout=LOOK_SECONDS):
+                pass  # here a Ctrl-C is seen that came before the wait began, or on Windows
         except BaseException:  # such as a KeyboardInterrupt: nobody waits for it any more
             request.abandoned = True
             raise
