@@ -112,15 +112,21 @@ class TableReader:
         dataset = self.dataset()
         return dataset.checkout_version(dataset.version)
 
-    def column_index(self, column: str) -> ColumnIndex:
+    def column_index(self, column: str, dataset: lance.LanceDataset | None = None) -> ColumnIndex:
         """The index of a vector column; asking loads nothing.
+
+        Parameters
+        ----------
+        column : str
+        dataset : lance.LanceDataset, optional
+            Whose column is meant; None for the version that is read.
 
         Raises
         ------
         UnknownColumnError
             If there is no such column, or it holds no vectors (a QueryError).
         """
-        schema = self.schema
+        schema = (self.dataset() if dataset is None else dataset).schema
         if column not in schema.names:
             raise UnknownColumnError(
                 f"Table '{self.name}' has no column {column!r}; it has {', '.join(schema.names)}."
@@ -130,9 +136,10 @@ class TableReader:
             raise UnknownColumnError(f"Column {column!r} holds no vectors; its type is {kind}.")
         return self._indexes.of(column, kind.list_size)
 
-    def default_metric(self, column: str) -> Metric:
+    def default_metric(self, column: str, dataset: lance.LanceDataset | None = None) -> Metric:
         """The metric of searches that name none: that of the column's index, else l2."""
-        return index_metadata.metrics(self.dataset()).get(column, Metric.L2)
+        dataset = self.dataset() if dataset is None else dataset
+        return index_metadata.metrics(dataset).get(column, Metric.L2)
 
     # --------------------------------------------------------------- reading
 

@@ -84,10 +84,11 @@ def search(
         builder = LanceEmptyQueryBuilder(target)
     else:
         queries = parse_queries(query)
+        dataset = target.dataset()
         column = choose_column(
-            target.schema, vector_column_name, queries.ndims, target.embedding_functions
+            dataset.schema, vector_column_name, queries.ndims, target.embedding_functions
         )
-        metric = target.default_metric(column)
+        metric = target.default_metric(column, dataset)
         spec = VectorSpec(column=column, queries=queries, metric=metric)
         builder = LanceVectorQueryBuilder(target, spec)
     if ordering_field_name is not None:

@@ -189,7 +189,7 @@ def nearest(
     limit = rows if spec.limit is None else spec.limit
     # the clamp keeps a limit of a billion from reserving room for as many
     k = report.k = max(1, min(limit + spec.offset, rows))
-    result = target.column_index(spec.column).search(
+    result = target.column_index(spec.column, dataset).search(
         dataset, queries, k, spec.metric,
         where=spec.where if spec.prefilter else None, lower=spec.lower, upper=spec.upper,
     )  # fmt: skip

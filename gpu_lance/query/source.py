@@ -42,10 +42,10 @@ class SearchTarget(Protocol):
     def dataset(self) -> lance.LanceDataset:
         """The dataset at the version to read: the latest, or the one that was checked out."""
 
-    def column_index(self, column: str) -> ColumnIndex:
-        """The index of a vector column; asking loads nothing."""
+    def column_index(self, column: str, dataset: lance.LanceDataset | None = None) -> ColumnIndex:
+        """The index of a vector column, as `dataset` or the version to read has it."""
 
-    def default_metric(self, column: str) -> Metric:
+    def default_metric(self, column: str, dataset: lance.LanceDataset | None = None) -> Metric:
         """The metric of a search that names none."""
 
     def embed_query(self, column: str, items: list[Any]) -> torch.Tensor:

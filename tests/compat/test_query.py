@@ -45,13 +45,13 @@ class Target:
     def dataset(self) -> lance.LanceDataset:
         return lance.dataset(str(self.path))
 
-    def column_index(self, column: str) -> ColumnIndex:
+    def column_index(self, column: str, dataset: Any = None) -> ColumnIndex:
         if column not in self.indexes:
             ndims = self.schema.field(column).type.list_size
             self.indexes[column] = ColumnIndex(column, ndims, self.device)
         return self.indexes[column]
 
-    def default_metric(self, column: str) -> Metric:
+    def default_metric(self, column: str, dataset: Any = None) -> Metric:
         return Metric.L2
 
     def embed_query(self, column: str, items: list[Any]) -> torch.Tensor:
