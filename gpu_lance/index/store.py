@@ -284,6 +284,12 @@ class ResidentStore:
             self._published = None
         return removed
 
+    def reset(self) -> None:
+        """Forget all rows and write over them: no snapshot may be in use any more."""
+        self._used = [0] * len(self._chunks)
+        self._slots, self._lengths = SlotMap(), Lengths()
+        self._published = None
+
     # --------------------------------------------------------------- publishing
 
     def publish(self) -> Snapshot:
@@ -340,6 +346,9 @@ class ResidentStore:
             self._chunks[at:stop] = [new] if rows else []
             self._used[at:stop] = [rows] if rows else []
             self._slots.compact(first, first + slots)
+            self._lengths = Lengths()  # without those of the dead
+            for chunk, size in zip(self._chunks, self._used, strict=True):
+                self._lengths = self._lengths.joined(chunk.norms[:size])
             self._release(sum(self._cost(chunk.room) for chunk in old))
             del old
             self._published = None

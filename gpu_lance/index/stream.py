@@ -10,7 +10,7 @@ import numpy as np
 from gpu_lance.index.base import SearchResult
 from gpu_lance.index.exact import ExactSearch, checked
 from gpu_lance.index.rescore import NO_ROW, rank
-from gpu_lance.index.snapshot import TILE_BYTES, Snapshot
+from gpu_lance.index.snapshot import Snapshot
 from gpu_lance.index.store import ResidentStore
 from gpu_lance.optional import require
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gpu_lance.types import Metric
 
 EXTRAS = "cpu|cuda13|cuda12"
+PIECE_BYTES = 32 << 20  # few enough to be in memory for a while, enough to be worth a search
 
 
 def lookup(dataset: lance.LanceDataset, column: str, snapshot: Snapshot) -> Stored:
@@ -117,7 +118,10 @@ def stream(
 def _pieces(
     blocks: Iterable[Block], ndims: int, device: torch.device
 ) -> Iterator[tuple[Snapshot, Stored | None]]:
-    """The rows in pieces of bounded size, and what gives their stored values if those are wider."""
+    """The rows in pieces of bounded size, and what gives their stored values if those are wider.
+
+    A piece is there until the next one is asked for, which takes its place.
+    """
     torch = require("torch", extra=EXTRAS)
     store: ResidentStore | None = None
     wide: list[tuple[np.ndarray, np.ndarray]] = []
@@ -132,14 +136,13 @@ def _pieces(
 
     for block in blocks:
         n, size = len(block.row_ids), block.vectors.dtype.itemsize
-        if store is not None and (seen + n) * ndims * size > TILE_BYTES:
+        if store is not None and (seen + n) * ndims * size > PIECE_BYTES:
             yield piece()
-            store = None
+            store.reset()
+            seen, wide = 0, []
         if store is None:
-            dtype = torch.float16 if size == 2 else torch.float32
-            store, seen = ResidentStore(ndims, dtype, device), 0
-            wide = []
-            store.expect(max(n, TILE_BYTES // (ndims * size)))
+            store = ResidentStore(ndims, torch.float16 if size == 2 else torch.float32, device)
+            store.expect(max(n, PIECE_BYTES // (ndims * size)))
         store.add(block.vectors, block.row_ids, block.updated, block.valid)
         seen += n
         if size == 8:
