@@ -13,6 +13,7 @@ from gpu_lance.errors import (
     CommitConflictError,
     GpuLanceError,
     QueryError,
+    SchemaError,
     StorageError,
     TableExistsError,
 )
@@ -22,6 +23,7 @@ T = TypeVar("T")
 # pylance raises one and the same type for a bad question and for a bad file
 _DAMAGE = re.compile(
     r"^(External error: )?Not found: |LanceError\((IO|CorruptFile)\)|not appear to be a Lance file"
+    r"|task \d+ panicked"  # a decoder's, at values that no file has
 )
 _QUESTION = re.compile(
     r"Invalid user input|Query Execution error|LanceError\(Arrow\)|^Not supported: "
@@ -114,7 +116,7 @@ def reading() -> Iterator[None]:
             raise
         raise QueryError(
             f"Lance cannot run what was asked ({first_line(error)}). Say it in other SQL; texts "
-            "are written '...', without a letter before."
+            "are written '...', without a letter before. Without SQL, a file is damaged."
         ) from error
 
 
@@ -178,6 +180,8 @@ def writing(name: str) -> Iterator[None]:
     Raises
     ------
     CommitConflictError, TableExistsError, StorageError
+    SchemaError
+        For a type that Lance cannot store, at some of which it panics.
 
     Examples
     --------
@@ -212,4 +216,13 @@ def writing(name: str) -> Iterator[None]:
             ) from error
         if "already exists" in text:
             raise TableExistsError(f"Table '{name}' already exists") from error
+        if "LanceError(Schema)" in text:
+            raise SchemaError(f"Table '{name}' cannot be stored: {first_line(error)}.") from error
         raise
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise SchemaError(
+            f"Table '{name}' cannot be written: Lance gave up on its types "
+            f"({first_line(error)}). Nothing was changed; store the columns as other types."
+        ) from error

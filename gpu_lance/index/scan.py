@@ -178,13 +178,15 @@ class Scan:
             of, column = maybe.nonzero(as_tuple=True)
             exact = exact_distances(self.metric, raw, self.values, of, slots[column])
             inside = self.inside(exact)
-            lines = of.cpu().numpy()
             names = row_ids[slots[column].cpu().numpy()]
-            for line in np.unique(lines[inside]):
-                here = inside & (lines == line)
+            # line by line, as nonzero gives them
+            starts = np.searchsorted(of.cpu().numpy(), np.arange(len(queries) + 1))
+            for line in np.flatnonzero(np.diff(starts)):
+                part = slice(starts[line], starts[line + 1])
+                here = inside[part]
                 ids[line : line + 1], found[line : line + 1] = rank(
-                    np.concatenate([ids[line], names[here]])[None],
-                    np.concatenate([found[line], exact[here]])[None],
+                    np.concatenate([ids[line], names[part][here]])[None],
+                    np.concatenate([found[line], exact[part][here]])[None],
                     k,
                 )
         return ids, found

@@ -125,6 +125,9 @@ def parse_queries(query: Any) -> Queries:
     if isinstance(query, (list, tuple)):
         return _from_list(list(query))
     if isinstance(query, np.ndarray) or hasattr(query, "__dlpack__"):
+        layout = str(getattr(query, "layout", "torch.strided"))
+        if layout.startswith("torch.") and layout != "torch.strided":
+            raise QueryError(f"A query is a dense tensor, got one of layout {layout}.")
         return _from_array(query)
     if isinstance(query, (numbers.Number, dict, set)):
         raise QueryTypeError(
@@ -210,6 +213,8 @@ def _vectors(array: Any) -> Queries:
             array = array.astype(np.float32)  # a copy: the caller may go on to change theirs
     elif "complex" in str(array.dtype) or "bool" in str(array.dtype):
         raise QueryError(f"A query vector must hold real numbers, got {array.dtype}.")
+    elif getattr(array, "is_meta", False) or getattr(array, "is_quantized", False):
+        raise QueryError("A query must hold plain numbers, got a meta or quantized tensor.")
     rows, ndims = (int(n) for n in array.shape)
     if not rows or not ndims:
         raise QueryError(f"The query is empty: its shape is ({rows}, {ndims}).")

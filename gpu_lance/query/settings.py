@@ -10,6 +10,7 @@ from typing import Any
 from gpu_lance.errors import QueryError, QueryTypeError
 
 MOST = 2**62  # rows; sums of two of them are still 64-bit numbers
+BEYOND = 2.0**128 - 2.0**103  # from here on a number is infinite in float32
 
 
 def whole(value: Any, name: str, least: int = 0) -> int:
@@ -56,9 +57,11 @@ def bound(value: Any, name: str) -> float | None:
         number = float(value)
     except (TypeError, ValueError) as error:
         raise QueryError(f"{name} is {value!r}; it must be a number or None.") from error
+    except OverflowError:  # an int of hundreds of digits
+        number = math.inf if value > 0 else -math.inf
     if math.isnan(number):
         raise QueryError(f"{name} is NaN, and no distance compares with it.")
-    return number
+    return math.copysign(math.inf, number) if abs(number) >= BEYOND else number
 
 
 def seconds(timeout: timedelta | None) -> float | None:
