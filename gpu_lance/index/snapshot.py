@@ -156,7 +156,7 @@ class Snapshot:
     @functools.cached_property
     def directed_mask(self) -> Mask | None:
         """The rows with a direction, those not of zeros; None for every slot."""
-        if not self.lengths.zeros:
+        if not self.lengths.zeros or not self.chunks:  # rows that are gone count in `lengths` too
             return self.live_mask
         torch = require("torch", extra=EXTRAS)
         parts = [c.norms[:used] > 0 for c, used in zip(self.chunks, self.used, strict=True)]
