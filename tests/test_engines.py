@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -286,6 +287,16 @@ def test_an_error_in_a_slice_waits_for_the_others(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(MemoryError, match="no room"):
             threads.in_slices(2, threads.SLICE_BYTES, work)
         assert ended == [1 - bad]
+
+
+def test_slices_at_the_end_of_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pools take no work any more when exit handlers run."""
+    pool = ThreadPoolExecutor(1)
+    pool.shutdown()
+    monkeypatch.setattr(threads, "_pool", lambda process: pool)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    parts = threads.in_slices(9, threads.SLICE_BYTES, lambda a, b: list(range(a, b)))
+    assert [row for part in parts for row in part] == list(range(9))
 
 
 def test_faiss_settings_are_as_before(monkeypatch: pytest.MonkeyPatch) -> None:

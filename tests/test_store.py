@@ -217,3 +217,21 @@ def test_slot_map_finds_the_newest_live_slot() -> None:
     assert slots.updated.tolist() == [1, 1, 2]
     assert slots.find(np.array([3, 9, 5])).tolist() == [2, 1, 0]
     assert len(slots) == slots.num_live == 3
+
+
+def test_bfloat16_reaches_further_than_float16() -> None:
+    store = new(2, torch.float16)
+    store.add(torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16), np.array([0]))
+    for value in (1e10, 1e-10):
+        with pytest.raises(DoesNotNarrowError, match="1 vectors of torch.bfloat16"):
+            store.add(torch.full((1, 2), value, dtype=torch.bfloat16), np.array([1]))
+
+
+def test_norms_of_rows_that_were_swept_out_are_forgotten() -> None:
+    store = new(2)
+    store.add(torch.tensor([[1e18, 0], [0, 0], [3, 4], [0, 1]]), np.arange(4))
+    store.remove(np.array([0, 1]))
+    before = store.publish().lengths
+    assert (before.largest, before.zeros) == (np.float32(1e18), True)
+    assert [snapshot.lengths.largest for snapshot in store.sweep()] == [5.0]
+    assert (store.publish().lengths.smallest, store.publish().lengths.zeros) == (1.0, False)

@@ -182,11 +182,10 @@ class ExactSearch:
             queries, query_norms = raw, exact_norms.float().to(device)
         scan = replace(scan, gathers=self._gathers(scan, len(raw)))
         slots, edge, rounding = self._propose(queries, query_norms, k, scan)
-        c = slots.shape[1]
-        of = torch.arange(len(raw), device=device).repeat_interleave(c)
-        distances = exact_distances(self.metric, raw, scan.values, of, slots.reshape(-1))
-        distances = distances.reshape(-1, c)
         at = slots.cpu().numpy()
+        of, place = (torch.from_numpy(found).to(device) for found in (at >= 0).nonzero())
+        distances = np.full(at.shape, np.inf, np.float32)
+        distances[at >= 0] = exact_distances(self.metric, raw, scan.values, of, slots[of, place])
         row_ids = self.snapshot.row_ids[np.maximum(at, 0)]
         outside = (at < 0) | ~scan.inside(distances)
         row_ids[outside] = NO_ROW

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 EXTRAS = "cpu|cuda13|cuda12"
 KEPT_VERSIONS = 64
-KEPT_BYTES = 64 << 20  # of live bits of versions other than the last
+KEPT_BYTES = 64 << 20  # of what versions have of their own, beside the rows
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ class Follower:
         mark : Mark
             Of the dataset.
         """
+        self.budget.touch(self)
         snapshot = self._kept.get(mark)
         if snapshot is not None:
-            self.budget.touch(self)
             if len(self._kept) > 1 and self._lock.acquire(blocking=False):
                 try:
                     if mark in self._kept:
@@ -216,10 +216,9 @@ class Follower:
         kept = OrderedDict(self._kept)  # readers look into the old one
         kept[mark] = snapshot
         kept.move_to_end(mark)
-        bits = sum(2 * len(s) for s in kept.values() if s.live is not None)
-        while len(kept) > 1 and (len(kept) > KEPT_VERSIONS or bits > KEPT_BYTES):
-            _, oldest = kept.popitem(last=False)
-            bits -= 2 * len(oldest) if oldest.live is not None else 0
+        size = sum(each.own_nbytes for each in kept.values())
+        while len(kept) > 1 and (len(kept) > KEPT_VERSIONS or size > KEPT_BYTES):
+            size -= kept.popitem(last=False)[1].own_nbytes
         self._kept = kept
 
     # ------------------------------------------------------------------ loading
@@ -258,25 +257,26 @@ class Follower:
     def _load(self, dataset: lance.LanceDataset, mark: Mark) -> str:
         """Hold the dataset's version, in the form for which there is memory."""
         rows, dtype = dataset.count_rows(), stored_dtype(dataset, self.column, self.ndims)
-        for attempt in (1, 2):
+        ran_out = False
+        while True:
             try:
                 self._store = self._new_store(rows, dtype)
                 if self._store is None:
                     self._held = None
                     return "streamed"
                 self._read(dataset)
-                break
+                self._publish(Held.of(dataset, self.column))
+                return "rebuild"
             except DoesNotNarrowError as error:
                 logger.warning("index of %r: %s", self.column, error)
                 self._narrows = False
             except (RuntimeError, MemoryError) as error:
-                if attempt == 2 or not is_out_of_memory(error):
+                if ran_out or not is_out_of_memory(error):
                     raise
+                ran_out = True
                 logger.warning("index of %r: %s; planning again", self.column, error)
             self.drop()
             release_cache(self.device)
-        self._publish(Held.of(dataset, self.column))
-        return "rebuild"
 
     # --------------------------------------------------------------- own commits
 

@@ -8,7 +8,6 @@ to float32, and rows are ordered by (distance, row id).
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,10 +58,25 @@ def wide(vectors: torch.Tensor) -> torch.Tensor:
     return (vectors.cpu() if vectors.device.type == "mps" else vectors).double()
 
 
+def root(values: torch.Tensor) -> torch.Tensor:
+    """Square roots in float64, correctly rounded: on the CPU torch's may be off by the last bit.
+
+    Examples
+    --------
+    >>> import torch
+    >>> root(torch.tensor([4.0], dtype=torch.float64)).tolist()
+    [2.0]
+    """
+    torch = require("torch", extra="cpu|cuda13|cuda12")
+    if values.device.type != "cpu":
+        return values.sqrt()
+    return torch.from_numpy(np.sqrt(values.numpy()))
+
+
 def norms(vectors: torch.Tensor) -> torch.Tensor:
     """Euclidean norms of (n, d) vectors, float64 (n,), as :func:`wide` places them."""
     values = wide(vectors)
-    return tree_sum(values.mul_(values)).sqrt()
+    return root(tree_sum(values.mul_(values)))
 
 
 def normalised(vectors: torch.Tensor) -> torch.Tensor:
@@ -76,7 +90,7 @@ def normalised(vectors: torch.Tensor) -> torch.Tensor:
     step = max(1, piece // (8 * vectors.shape[1]))
     for start in range(0, len(vectors), step):
         values = wide(vectors[start : start + step])
-        length = tree_sum(values * values).sqrt().clamp_(min=1e-300)
+        length = root(tree_sum(values * values)).clamp_(min=1e-300)
         out[start : start + step] = values.div_(length[:, None])
     return out
 
@@ -98,7 +112,7 @@ def exact_distances(
     values : callable
         Gives the stored vectors (n, d) of slots (n,).
     query_index, slots : torch.Tensor
-        (p,), int64, on the device. A slot of -1 gives +inf.
+        (p,), int64, on the device.
 
     Returns
     -------
@@ -111,7 +125,7 @@ def exact_distances(
     out = np.empty(len(slots), np.float32)
     for start in range(0, len(slots), step):
         some, of = slots[start : start + step], query_index[start : start + step].to(exact.device)
-        x = wide(values(some.clamp(min=0))).to(exact.device)
+        x = wide(values(some)).to(exact.device)
         if metric is Metric.L2:
             x.sub_(exact[of])
             found = tree_sum(x.mul_(x))
@@ -119,8 +133,7 @@ def exact_distances(
             found = 1 - tree_sum(x.mul_(exact[of]))
         else:
             squares = tree_sum(x * x)
-            found = 1 - tree_sum(x.mul_(exact[of])) / (lengths[of] * squares.sqrt())
-        found.masked_fill_(some.to(exact.device) < 0, math.inf)
+            found = 1 - tree_sum(x.mul_(exact[of])) / (lengths[of] * root(squares))
         out[start : start + step] = found.float().cpu().numpy()
     return out
 

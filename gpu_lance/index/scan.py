@@ -81,10 +81,10 @@ class Scan:
             return
         for first, vectors, norms in self.snapshot.pieces():
             for start in range(0, len(vectors), step):
-                some = slice(start, min(start + step, len(vectors)))
-                slots = torch.arange(first + some.start, first + some.stop, device=norms.device)
-                here = None if self.mask is None else self.mask[slots[0] : slots[-1] + 1]
-                yield slots, vectors[some], norms[some], here
+                stop = min(start + step, len(vectors))
+                slots = torch.arange(first + start, first + stop, device=norms.device)
+                here = None if self.mask is None else self.mask[first + start : first + stop]
+                yield slots, vectors[start:stop], norms[start:stop], here
 
     def _scores(
         self, queries: torch.Tensor, query_norms: torch.Tensor

@@ -237,10 +237,10 @@ class Snapshot:
         return out
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the chunks, row ids and live bits."""
+    def own_nbytes(self) -> int:
+        """Bytes that it shares with no other version: live bits, and the order of the row ids."""
         bits = 0 if self.live is None else 2 * len(self)
-        return sum(chunk.nbytes for chunk in self.chunks) + 8 * len(self) + bits
+        return bits + sum(order.nbytes for order in self._order)
 
 
 def _settled(bits: np.ndarray, device: torch.device) -> torch.Tensor:

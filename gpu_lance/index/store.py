@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpu_lance.device import as_tensor
+from gpu_lance.device import as_tensor, is_out_of_memory
 from gpu_lance.errors import BadVectorError
 from gpu_lance.index.slots import SlotMap
 from gpu_lance.index.snapshot import Chunk, Lengths, Snapshot, tile_rows
@@ -157,7 +157,8 @@ class ResidentStore:
     ) -> None:
         """Add vectors under row ids that are not live here.
 
-        Null vectors and those with NaN or infinity are left out.
+        Null vectors and those with NaN or infinity are left out; so are those of float64 with a
+        value that float32 does not reach.
 
         Parameters
         ----------
@@ -226,7 +227,8 @@ class ResidentStore:
         chunk, start = self._chunks[at], self._used[at]
         place = chunk.vectors[start : start + len(vectors)]
         self._put(place, vectors)
-        narrows = self.dtype.itemsize == 2 < vectors.dtype.itemsize
+        given = str(vectors.dtype).removeprefix("torch.")
+        narrows = self.dtype == torch.float16 and given != "float16"
         here = place.to(self.device)
         norms = _norms(here)
         kept: np.ndarray | None = None
@@ -241,8 +243,8 @@ class ResidentStore:
                 place[: len(here)] = here.to(place.device)
         if bool((norms == 0).any()):
             if narrows:
-                given = vectors if kept is None else _picked(vectors, kept)
-                lost = (norms == 0) & (as_tensor(given, self.device) != 0).any(dim=1)
+                finite_ones = vectors if kept is None else _picked(vectors, kept)
+                lost = (norms == 0) & (as_tensor(finite_ones, self.device) != 0).any(dim=1)
                 self._refuse(lost, vectors)
             norms = torch.where((here != 0).any(dim=1), norms.clamp(min=TINIEST), norms)
         chunk.norms[start : start + len(norms)] = norms
@@ -317,9 +319,8 @@ class ResidentStore:
         """Move the live rows together, chunk by chunk, and let the old chunks go.
 
         Each step needs room for one chunk and is published, so that readers let go of the old
-        one. Small neighbours are joined. It stops where the memory plan has no room.
+        one. Small neighbours are joined. It stops where there is no room.
         """
-        torch = require("torch", extra=EXTRAS)
         at = 0
         while at < len(self._chunks):
             first = sum(self._used[:at])
@@ -333,17 +334,14 @@ class ResidentStore:
             if rows == slots and stop == at + 1:  # nothing to gain here
                 at += 1
                 continue
-            old, kept = self._chunks[at:stop], self._slots.live[first : first + slots].copy()
-            with torch.inference_mode():
-                if rows:
-                    try:
-                        self._open(rows)
-                    except NoRoomError:
-                        return
-                    new = self._chunks.pop()
-                    self._used.pop()
-                    self._move(old, self._used[at:stop], kept, new)
-            self._chunks[at:stop] = [new] if rows else []
+            old, kept = self._chunks[at:stop], self._slots.live[first : first + slots]
+            try:
+                new = [self._joined(old, self._used[at:stop], kept, rows)] if rows else []
+            except (NoRoomError, RuntimeError, MemoryError) as error:
+                if not isinstance(error, NoRoomError) and not is_out_of_memory(error):
+                    raise
+                return
+            self._chunks[at:stop] = new
             self._used[at:stop] = [rows] if rows else []
             self._slots.compact(first, first + slots)
             self._lengths = Lengths()  # without those of the dead
@@ -355,18 +353,27 @@ class ResidentStore:
             at += bool(rows)
             yield self.publish()
 
-    def _move(self, old: list[Chunk], used: list[int], kept: np.ndarray, new: Chunk) -> None:
+    def _joined(self, old: list[Chunk], used: list[int], kept: np.ndarray, rows: int) -> Chunk:
+        """A new chunk with the `rows` rows that are kept of some chunks."""
         torch = require("torch", extra=EXTRAS)
+        self._open(rows)
+        new, _ = self._chunks.pop(), self._used.pop()
         to = start = 0
         step = tile_rows(self.ndims, self.dtype.itemsize)
-        for chunk, size in zip(old, used, strict=True):
-            live = torch.from_numpy(np.flatnonzero(kept[start : start + size]))
-            for some in live.split(step):
-                here = some.to(chunk.vectors.device)
-                new.vectors[to : to + len(some)] = chunk.vectors.index_select(0, here)
-                new.norms[to : to + len(some)] = chunk.norms[some.to(chunk.norms.device)]
-                to += len(some)
-            start += size
+        try:
+            with torch.inference_mode():
+                for chunk, size in zip(old, used, strict=True):
+                    live = torch.from_numpy(np.flatnonzero(kept[start : start + size]))
+                    for some in live.split(step):
+                        here = some.to(chunk.vectors.device)
+                        new.vectors[to : to + len(some)] = chunk.vectors.index_select(0, here)
+                        new.norms[to : to + len(some)] = chunk.norms[some.to(chunk.norms.device)]
+                        to += len(some)
+                    start += size
+        except BaseException:
+            self._release(self._cost(rows))
+            raise
+        return new
 
 
 def _norms(vectors: torch.Tensor) -> torch.Tensor:

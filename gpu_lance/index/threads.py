@@ -7,10 +7,11 @@ than a single thread streams it. Threads of ours take one slice each and meet on
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from gpu_lance.optional import require
@@ -51,10 +52,14 @@ def in_slices(rows: int, row_bytes: int, work: Callable[[int, int], T]) -> list[
         return [work(0, rows)]
     bounds = [rows * i // count for i in range(count + 1)]
     pool = _pool(os.getpid())
-    others = [pool.submit(work, bounds[i], bounds[i + 1]) for i in range(1, count)]
+    others: list[Future[T]] = []
+    with contextlib.suppress(RuntimeError):  # an interpreter that is ending takes no more
+        for i in range(1, count):
+            others.append(pool.submit(work, bounds[i], bounds[i + 1]))  # noqa: PERF401
     try:
         first = work(bounds[0], bounds[1])
+        last = [work(bounds[i], bounds[i + 1]) for i in range(1 + len(others), count)]
     finally:
         for other in others:  # they hold pointers to the caller's tensors
             other.exception()
-    return [first, *(other.result() for other in others)]
+    return [first, *(other.result() for other in others), *last]
