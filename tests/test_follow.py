@@ -15,6 +15,7 @@ from gpu_lance.index import ColumnIndex
 from gpu_lance.index import follow as follow_module
 from gpu_lance.index.budget import Budget
 from gpu_lance.index.store import ResidentStore
+from gpu_lance.index.sync import Mark
 from gpu_lance.types import Metric
 
 CPU = torch.device("cpu")
@@ -133,3 +134,22 @@ def test_rows_stay_where_they_are_if_there_is_no_memory_to_move_them(
         assert found(index, dataset, 2) == [3, 5]
         assert budget.held < held / 2
     assert budget.held == 0
+
+
+def test_what_is_only_handy_evicts_nobody_and_chunks_stay_few(tmp_path: Path) -> None:
+    """A column that has more than half of the budget, to which rows are added one by one."""
+    budget = Budget(CPU, 50_000)
+    small = ColumnIndex("vector", 2, CPU, budget)
+    (tmp_path / "small").mkdir()
+    other = write(tmp_path / "small", table(np.ones((100, 2))))
+    found(small, other, 1)
+    dataset = write(tmp_path, table(np.ones((1000, 2))))
+    with ColumnIndex("vector", 2, CPU, budget) as index:
+        found(index, dataset, 1)
+        for turn in range(20):
+            dataset = write(tmp_path, table([[turn, 1]], start=1000 + turn), "append")
+            found(index, dataset, 1)
+            assert index.info()["refresh"]["kind"] == "delta"
+        assert len(index._follower.at(dataset, Mark.of(dataset, "vector")).chunks) == 2
+        assert small.info()["rows"] == 100
+    small.close()

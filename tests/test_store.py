@@ -100,7 +100,7 @@ def test_an_append_moves_no_chunk() -> None:
 
 def test_what_is_announced_is_taken_once() -> None:
     taken: list[int] = []
-    store = new(2, reserve=lambda size: taken.append(size) is None)
+    store = new(2, reserve=lambda size, needed: taken.append(size) is None)
     store.expect(1000)
     for start in range(0, 1000, 100):
         store.add(torch.zeros(100, 2), np.arange(start, start + 100))
@@ -111,7 +111,7 @@ def test_what_is_announced_is_taken_once() -> None:
 
 
 def test_without_room_it_takes_what_it_needs_or_says_so() -> None:
-    store = new(2, reserve=lambda size: size <= 3000)
+    store = new(2, reserve=lambda size, needed: size <= 3000)
     store.add(torch.zeros(100, 2), np.arange(100))  # 1 MiB at once was refused
     with pytest.raises(NoRoomError, match="101 more rows"):
         store.add(torch.zeros(101, 2), np.arange(100, 201))
@@ -125,7 +125,7 @@ def test_a_sweep_frees_and_stops_without_room() -> None:
 
     allowed = [True]
 
-    def reserve(size: int) -> bool:
+    def reserve(size: int, needed: bool) -> bool:
         counted[0] += size if allowed[0] else 0
         return allowed[0]
 

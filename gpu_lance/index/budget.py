@@ -168,7 +168,7 @@ class Budget:
 
     # ---------------------------------------------------------------- asking
 
-    def reserve(self, owner: Owner, nbytes: int) -> bool:
+    def reserve(self, owner: Owner, nbytes: int, *, evict: bool = True) -> bool:
         """Make sure that `nbytes` more fit for `owner`, and count them.
 
         The least recently used others of this budget are evicted if that makes the room, and only
@@ -179,15 +179,19 @@ class Budget:
         owner : object with ``evict()``
         nbytes : int
             Beside what it holds already.
+        evict : bool, default True
+            False takes only what is left beside the others.
 
         Returns
         -------
         bool
             False if the room cannot be had; then nothing is counted.
         """
-        return self.refusal(owner, nbytes) is None
+        return self.refusal(owner, nbytes, evict=evict) is None
 
-    def refusal(self, owner: Owner, nbytes: int, *, instead: bool = False) -> str | None:
+    def refusal(
+        self, owner: Owner, nbytes: int, *, instead: bool = False, evict: bool = True
+    ) -> str | None:
         """:meth:`reserve`, which says why not.
 
         Parameters
@@ -196,6 +200,8 @@ class Budget:
         nbytes : int
         instead : bool
             `nbytes` in all: the owner gives up what it holds, before it takes them.
+        evict : bool, default True
+            As in :meth:`reserve`.
 
         Returns
         -------
@@ -218,8 +224,9 @@ class Budget:
                     _count(mine, before.held + nbytes, before.promised + nbytes)
                     mine.used = next(_clock)
                     return None
+                known = self._living() if evict else ()
                 others = sorted(
-                    (e for e in self._living() if e.held and e is not mine and e not in tried),
+                    (e for e in known if e.held and e is not mine and e not in tried),
                     key=lambda entry: entry.used,
                 )
                 victims, enough = _victims(others, nbytes - left, nbytes - free)

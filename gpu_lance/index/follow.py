@@ -243,12 +243,12 @@ class Follower:
         store.expect(rows)
         return store
 
-    def _reserve(self, size: int) -> bool:
+    def _reserve(self, size: int, needed: bool) -> bool:
         if size <= self._allowance:
             self._allowance -= size
             return True
         assert self.plan is not None
-        return self.plan.place(self.budget).reserve(self, size)
+        return self.plan.place(self.budget).reserve(self, size, evict=needed)
 
     def _release(self, size: int) -> None:
         assert self.plan is not None

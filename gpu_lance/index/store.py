@@ -49,7 +49,8 @@ class ResidentStore:
     home : torch.device, optional
         Where they are held, if elsewhere: pinned host memory beside a GPU.
     reserve : callable, optional
-        Asked for the bytes of each new chunk; False refuses them.
+        Asked for the bytes of each new chunk, and whether they are needed, not only handy; False
+        refuses them.
     release : callable, optional
         Told the bytes of each chunk that is let go.
     chunk_bytes : int
@@ -76,7 +77,7 @@ class ResidentStore:
         device: torch.device,
         *,
         home: torch.device | None = None,
-        reserve: Callable[[int], bool] = lambda size: True,
+        reserve: Callable[[int, bool], bool] = lambda size, needed: True,
         release: Callable[[int], None] = lambda size: None,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
@@ -119,10 +120,10 @@ class ResidentStore:
             self._open(take)
             rows -= take
 
-    def _open(self, rows: int) -> None:
+    def _open(self, rows: int, needed: bool = True) -> None:
         torch = require("torch", extra=EXTRAS)
         size = self._cost(rows)
-        if not self._reserve(size):
+        if not self._reserve(size, needed):
             raise NoRoomError(f"There is no room for {rows} more rows.")
         try:
             vectors = self._matrix(rows)
@@ -213,12 +214,13 @@ class ResidentStore:
                 return at
         needed = min(rows, self._most)
         roomy = min(max(needed, self._least, sum(self._used)), self._most)
-        try:
-            self._open(roomy)
-        except NoRoomError:
-            if roomy == needed:
-                raise
-            self._open(needed)
+        while roomy > needed:  # many small chunks would be slow
+            try:
+                self._open(roomy, needed=False)
+                return len(self._chunks) - 1
+            except NoRoomError:
+                roomy = max(needed, roomy // 2)
+        self._open(needed)
         return len(self._chunks) - 1
 
     def _fill(self, at: int, vectors: torch.Tensor | np.ndarray) -> np.ndarray | None:
