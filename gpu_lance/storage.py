@@ -215,12 +215,15 @@ class Storage:
             newest = self._latest.latest_version
             if newest != self._latest.version:
                 self._latest = self._latest.checkout_version(newest)
-        elif self._manifest is not None and self._stamp(self._latest) == self._manifest:
-            newest = self._latest.latest_version
-            if newest != self._latest.version:
-                self._hold(self._latest.checkout_version(newest))
-        else:  # dropped, made anew or cleaned up by somebody
-            self._hold(self._open())
+        elif self._manifest is None or self._stamp(self._latest) != self._manifest:
+            self._hold(self._open())  # dropped, made anew or cleaned up by somebody
+        else:
+            try:
+                newest = self._latest.latest_version
+                if newest != self._latest.version:
+                    self._hold(self._latest.checkout_version(newest))
+            except (OSError, ValueError):  # it went this moment
+                self._hold(self._open())
         self._asked = time.monotonic()
         return self._latest
 

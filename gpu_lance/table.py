@@ -19,7 +19,7 @@ from gpu_lance.ingest.progress import progress_callback
 from gpu_lance.ingest.read import Source, read
 from gpu_lance.ingest.rewrite import rewritten, touched
 from gpu_lance.ingest.tables import Planned, plan_table
-from gpu_lance.lance_errors import asking
+from gpu_lance.lance_errors import asking, reading
 from gpu_lance.maintenance import Maintained
 from gpu_lance.merge import LanceMergeInsertBuilder, MergeResult, merged_source
 from gpu_lance.query import sql
@@ -253,7 +253,8 @@ class Table(Maintained):
 
     def list_versions(self) -> list[dict[str, Any]]:
         """Every version: its number, time and metadata."""
-        return [dict(version) for version in self.dataset().versions()]
+        with reading():
+            return [dict(version) for version in self.dataset().versions()]
 
     def checkout(self, version: int | str) -> None:
         """Read that version or tag from now on; the table cannot be written to meanwhile."""

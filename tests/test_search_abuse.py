@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
+import lance
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
 from gpu_lance.db import connect
-from gpu_lance.errors import QueryError, SchemaError, StorageError
+from gpu_lance.errors import GpuLanceError, QueryError, SchemaError, StorageError
 from gpu_lance.table import Table
 
 ROWS, NDIMS = 300, 8
@@ -105,3 +108,40 @@ def test_a_file_that_is_damaged_between_searches(tmp_path: Path, budget: int | N
     file.write_bytes(whole)
     again = connect(tmp_path, device="cpu", memory_budget=budget).open_table("t")
     assert again.search(values[5]).limit(3).select(["n"]).to_list() == expected
+
+
+def test_tables_that_come_and_go_under_searches(tmp_path: Path) -> None:
+    db = connect(tmp_path, device="cpu", memory_budget="30 kB")
+    old, new = vectors(200, seed=1), vectors(300, seed=2)
+    query = old[7]
+    answers = [
+        np.argsort(((values - query) ** 2).sum(axis=1), kind="stable")[:3].tolist()
+        for values in (old, new)
+    ]
+    table, stop, wrong = db.create_table("t", as_table(old)), threading.Event(), []
+    seen: set[int] = set()
+
+    def search() -> None:
+        while not stop.is_set():
+            try:
+                table.list_versions()
+                found = table.search(query).limit(3).to_arrow()["n"].to_pylist()
+                seen.add(answers.index(found))
+            except GpuLanceError:  # it is gone, or its files go this moment
+                pass
+            except BaseException as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=search) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for values in [new, old] * 15:
+        shutil.rmtree(tmp_path / "t.lance", ignore_errors=True)
+        lance.write_dataset(as_table(values), tmp_path / "t.lance", enable_stable_row_ids=True)
+        assert len(table) == len(values)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert seen
+    assert table.search(query).limit(3).to_arrow()["n"].to_pylist() == answers[0]

@@ -355,7 +355,9 @@ def difference(
     except SchemaError:
         return "the table was replaced"
     except GONE as error:
-        if held.mark.version > own.latest_version:
+        with reading():
+            latest = own.latest_version
+        if held.mark.version > latest:
             return "the table was put back to an earlier state"
         doubt = f"its history is gone ({first_line(error)})"
     files = _files(own, now.field_id)
