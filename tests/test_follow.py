@@ -151,5 +151,8 @@ def test_what_is_only_handy_evicts_nobody_and_chunks_stay_few(tmp_path: Path) ->
             found(index, dataset, 1)
             assert index.info()["refresh"]["kind"] == "delta"
         assert len(index._follower.at(dataset, Mark.of(dataset, "vector")).chunks) == 2
+        dataset.delete("id % 10 != 0")  # moving the others together takes room for a moment
+        found(index, dataset, 1)
+        assert index.info()["rows"] == 102
         assert small.info()["rows"] == 100
     small.close()

@@ -92,7 +92,7 @@ class Follower:
 
     @property
     def version(self) -> int | None:
-        """The version that was asked for last; None if nothing is held."""
+        """The version that the rows were brought to last; None if nothing is held."""
         held = self._held
         return None if held is None else held.mark.version
 

@@ -35,8 +35,8 @@ class DoesNotNarrowError(Exception):
 class ResidentStore:
     """A growing matrix with row ids: its writer's side, for one thread at a time.
 
-    Rows go to fresh slots of the last chunk, or of a new one that is as large as what is held, up
-    to 1 GiB; chunks are never moved. What was published before stays as it was.
+    Rows go to fresh slots of the last chunk, or of a new one of a quarter of what is held, up to
+    1 GiB; chunks are never moved. What was published before stays as it was.
 
     Parameters
     ----------
@@ -213,7 +213,7 @@ class ResidentStore:
             if self._used[at] < self._chunks[at].room:
                 return at
         needed = min(rows, self._most)
-        roomy = min(max(needed, self._least, sum(self._used)), self._most)
+        roomy = min(max(needed, self._least, sum(self._used) // 4), self._most)
         while roomy > needed:  # many small chunks would be slow
             try:
                 self._open(roomy, needed=False)
@@ -358,7 +358,7 @@ class ResidentStore:
     def _joined(self, old: list[Chunk], used: list[int], kept: np.ndarray, rows: int) -> Chunk:
         """A new chunk with the `rows` rows that are kept of some chunks."""
         torch = require("torch", extra=EXTRAS)
-        self._open(rows)
+        self._open(rows, needed=False)
         new, _ = self._chunks.pop(), self._used.pop()
         to = start = 0
         step = tile_rows(self.ndims, self.dtype.itemsize)
