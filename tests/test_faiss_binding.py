@@ -97,8 +97,8 @@ def test_the_installed_wheel_is_found_once() -> None:
 def test_the_blas_threshold_is_ours_only_while_we_search() -> None:
     before = faiss.cvar.distance_compute_blas_threshold
     assert before != 1
-    with faiss_binding._blas_threshold.lowered(faiss):
-        with faiss_binding._blas_threshold.lowered(faiss):
+    with faiss_binding.blas_threshold.at(faiss, 1):
+        with faiss_binding.blas_threshold.at(faiss, 1):
             assert faiss.cvar.distance_compute_blas_threshold == 1
         assert faiss.cvar.distance_compute_blas_threshold == 1
     assert faiss.cvar.distance_compute_blas_threshold == before

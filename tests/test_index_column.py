@@ -172,15 +172,6 @@ def test_empty_table_and_table_of_nulls(index: ColumnIndex, path: str) -> None:
     assert kind(index) == "delta"
 
 
-def test_all_rows_deleted_after_one_of_zeros(index: ColumnIndex, path: str) -> None:
-    dataset = create(path, rows(0, 3))
-    dataset.update({"vector": f"[{', '.join(['0.0'] * D)}]"}, where="id = 1")
-    check(index, dataset)
-    dataset.delete("true")
-    for metric in Metric:
-        check(index, dataset, metric)
-
-
 def merge_by_hand(path: str) -> None:
     """Commit, as adding a column would be, other data files under the same column."""
     dataset = lance.dataset(path)

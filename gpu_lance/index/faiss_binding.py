@@ -110,12 +110,8 @@ class _BlasThreshold:
                 if self._users == 0:
                     faiss.cvar.distance_compute_blas_threshold = self._before
 
-    def lowered(self, faiss: Any) -> contextlib.AbstractContextManager[None]:
-        return self.at(faiss, self.PRODUCT)
-
 
 blas_threshold = _BlasThreshold()
-_blas_threshold = blas_threshold
 
 
 class GpuResources:

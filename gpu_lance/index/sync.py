@@ -155,14 +155,14 @@ def _files(dataset: lance.LanceDataset, field_id: int) -> dict[int, tuple[str, .
 # ------------------------------------------------------------------------ the history
 
 
-def changes(dataset: lance.LanceDataset, held: Held | Mark, column: str) -> Changes | str:
+def changes(dataset: lance.LanceDataset, held: Held, column: str) -> Changes | str:
     """What happened between `held` and the dataset's version, or why that is not known.
 
     Parameters
     ----------
     dataset : lance.LanceDataset
         At the version to go to.
-    held : Held or Mark
+    held : Held
         What the index holds.
     column : str
         The vector column.
@@ -182,7 +182,7 @@ def changes(dataset: lance.LanceDataset, held: Held | Mark, column: str) -> Chan
     >>> changes(dataset, held, "vector")
     'version 1 is not newer than 1'
     """
-    mark = held.mark if isinstance(held, Held) else held
+    mark = held.mark
     now = Mark.of(dataset, column)
     if now.version <= mark.version:
         return f"version {now.version} is not newer than {mark.version}"
