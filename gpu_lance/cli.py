@@ -243,6 +243,10 @@ def search(
             "version": opened.version,
             "rows": opened.count_rows(),
             "device": used,
+            "held": [
+                {"column": name, **{key: info[key] for key in ("step", "plan", "bytes")}}
+                for name, info in opened.resident_columns().items()
+            ],
             "query": query,
             "took_ms": took,
             "hits": hits,
@@ -256,6 +260,9 @@ def search(
         _show_table(names, [[hit[name] for name in names] for hit in hits])
         count = _count(len(hits), "row")
         _note(f"{count} of {found['rows']} in {took:.0f} ms on {used}, loading included")
+        for held in found["held"]:
+            if held["step"] != "float32":
+                _note(f"{held['column']}: {held['plan']}")
 
 
 def _columns(table: Any, select: list[str] | None) -> list[str]:
@@ -438,11 +445,13 @@ def _command() -> str:
 
 
 def _show_info(found: dict[str, Any]) -> None:
+    from gpu_lance.index.sizes import show_bytes
+
     device = found["device"]
     free = device["free_bytes"]
     memory = "" if free is None else f", {free / 2**30:.1f} GiB free"
     if device["budget_bytes"] is not None:
-        memory += f", {device['budget_bytes'] / 2**30:.1f} GiB for resident vectors"
+        memory += f", {show_bytes(device['budget_bytes'])} for resident vectors"
     typer.echo(f"gpu-lance {found['gpu_lance']}, Python {found['python']}, {found['platform']}")
     typer.echo(f"device    {device['name'] or 'none'} ({device['reason']}){memory}")
     versions = (f"{name} {version}" for name, version in found["libraries"].items())

@@ -97,6 +97,27 @@ class TableReader:
         """Free the device memory of this table's indexes; a later search loads them again."""
         self._indexes.close()
 
+    def resident_columns(self) -> dict[str, dict[str, Any]]:
+        """What is held of each vector column that was searched or added to.
+
+        Returns
+        -------
+        dict
+            By column, as :meth:`gpu_lance.index.ColumnIndex.info` says it: ``step`` and ``plan``
+            (how it is held, and why), ``bytes``, ``rows``, ``version``, ``device``, ``engine``.
+
+        Examples
+        --------
+        >>> import gpu_lance
+        >>> table = gpu_lance.connect("memory://", device="cpu").create_table(
+        ...     "t", {"vector": [[0.0, 0.0], [1.0, 0.0]]}
+        ... )
+        >>> hits = table.search([1.0, 0.0]).limit(1).to_list()
+        >>> table.resident_columns()["vector"]["step"]
+        'float32'
+        """
+        return {name: index.info() for name, index in self._indexes.held().items()}
+
     def __len__(self) -> int:
         return self.count_rows()
 

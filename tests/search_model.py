@@ -89,6 +89,7 @@ def distances(metric: str, query: Sequence[float], found: np.ndarray) -> np.ndar
             exact = 1 - tree_sum(x * q)
         else:
             exact = 1 - tree_sum(x * q) / (np.sqrt(tree_sum(q * q)) * np.sqrt(tree_sum(x * x)))
+            exact = np.maximum(exact, 0)  # NaN stays
         exact[~np.isfinite(x).all(axis=1)] = np.nan
         return exact.astype(np.float32)
 

@@ -117,7 +117,7 @@ def exact_distances(
     Returns
     -------
     numpy.ndarray
-        (p,), float32. Under cosine a vector of zeros has no distance and gives NaN.
+        (p,), float32. Under cosine none is below 0, and a vector of zeros has none: it gives NaN.
     """
     exact = wide(queries)
     lengths = norms(queries) if metric is Metric.COSINE else None
@@ -134,6 +134,7 @@ def exact_distances(
         else:
             squares = tree_sum(x * x)
             found = 1 - tree_sum(x.mul_(exact[of])) / (lengths[of] * root(squares))
+            found.clamp_(min=0)  # a vector's distance to itself, which rounding may put below
         out[start : start + step] = found.float().cpu().numpy()
     return out
 
