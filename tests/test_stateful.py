@@ -19,7 +19,7 @@ import lance
 import lancedb
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, seed, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
 
@@ -370,7 +370,9 @@ class TableMachine(TableUnderTest):
                 done.result()
 
 
-def run(variant: Variant, examples: int, steps: int, start: int = 0) -> None:
+def run(
+    variant: Variant, examples: int, steps: int, start: int = 0, shrink: tuple[Phase, ...] = ()
+) -> None:
     """Run the machine; each variant has histories of its own."""
     forms: set[str] = set()
     run_state_machine_as_test(
@@ -379,6 +381,7 @@ def run(variant: Variant, examples: int, steps: int, start: int = 0) -> None:
             max_examples=examples,
             stateful_step_count=steps,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+            phases=(Phase.generate, *shrink),  # to shrink takes minutes
             print_blob=False,
         ),
     )
@@ -395,4 +398,4 @@ def test_searches_equal_brute_force(variant: Variant) -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_searches_equal_brute_force_for_long(variant: Variant) -> None:
-    run(variant, examples=200, steps=60, start=1000)
+    run(variant, examples=200, steps=60, start=1000, shrink=(Phase.shrink,))
