@@ -23,8 +23,9 @@ T = TypeVar("T")
 # pylance raises one and the same type for a bad question and for a bad file
 _DAMAGE = re.compile(
     r"^(External error: )?Not found: |LanceError\((IO|CorruptFile)\)|not appear to be a Lance file"
-    r"|task \d+ panicked"  # a decoder's, at values that no file has
+    r"|task \d+ panicked"
 )
+_PANIC = re.compile(r"task \d+ panicked")  # a decoder's at a bad file, or a bad question's
 _QUESTION = re.compile(
     r"Invalid user input|Query Execution error|LanceError\(Arrow\)|^Not supported: "
 )
@@ -166,7 +167,15 @@ def asking(what: str) -> Iterator[None]:
     """
     try:
         with reading():
-            yield
+            try:
+                yield
+            except (ValueError, OSError) as error:
+                if isinstance(error, GpuLanceError) or not _PANIC.search(str(error)):
+                    raise
+                raise QueryError(
+                    f"The {what} cannot be run: {first_line(error)}. Say it in other SQL; if "
+                    "nothing can be read, a file is damaged."
+                ) from error
     except (ValueError, OSError) as error:
         if isinstance(error, GpuLanceError) or not is_question(error):
             raise
@@ -180,8 +189,6 @@ def writing(name: str) -> Iterator[None]:
     Raises
     ------
     CommitConflictError, TableExistsError, StorageError
-    SchemaError
-        For a type that Lance cannot store, at some of which it panics.
 
     Examples
     --------
@@ -216,13 +223,23 @@ def writing(name: str) -> Iterator[None]:
             ) from error
         if "already exists" in text:
             raise TableExistsError(f"Table '{name}' already exists") from error
-        if "LanceError(Schema)" in text:
-            raise SchemaError(f"Table '{name}' cannot be stored: {first_line(error)}.") from error
         raise
+
+
+@contextlib.contextmanager
+def storing() -> Iterator[None]:
+    """Raise types that Lance cannot store, at some of which it panics, as a `SchemaError`.
+
+    Raises
+    ------
+    SchemaError
+    """
+    try:
+        yield
     except BaseException as error:
-        if not is_panic(error):
+        if not is_panic(error) and "LanceError(Schema)" not in str(error):
             raise
         raise SchemaError(
-            f"Table '{name}' cannot be written: Lance gave up on its types "
-            f"({first_line(error)}). Nothing was changed; store the columns as other types."
+            f"Lance cannot store these types ({first_line(error)}). Nothing was changed; give the "
+            "columns other types."
         ) from error

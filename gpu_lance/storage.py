@@ -22,7 +22,7 @@ from gpu_lance.errors import (
     TableNotFoundError,
 )
 from gpu_lance.forks import ForkGuard
-from gpu_lance.lance_errors import first_line, writing
+from gpu_lance.lance_errors import first_line, storing, writing
 
 T = TypeVar("T")
 
@@ -446,15 +446,16 @@ def _write(
     mode: str,
     storage_options: dict[str, str] | None = None,
 ) -> lance.LanceDataset:
-    return lance.write_dataset(
-        pa.RecordBatchReader.from_batches(schema, data),
-        target,
-        mode=mode,
-        storage_options=storage_options,
-        data_storage_version=None if mode == "append" else FORMAT,
-        enable_stable_row_ids=mode != "append",
-        session=None if isinstance(target, lance.LanceDataset) else _session(),
-    )
+    with storing():
+        return lance.write_dataset(
+            pa.RecordBatchReader.from_batches(schema, data),
+            target,
+            mode=mode,
+            storage_options=storage_options,
+            data_storage_version=None if mode == "append" else FORMAT,
+            enable_stable_row_ids=mode != "append",
+            session=None if isinstance(target, lance.LanceDataset) else _session(),
+        )
 
 
 def _session() -> Any:

@@ -85,7 +85,7 @@ def test_many_equal_rows_and_many_queries() -> None:
 )
 def test_types_that_lance_cannot_store(column: pa.Array) -> None:
     db = connect("memory://", device="cpu")
-    with pytest.raises(SchemaError, match="cannot be (stored|written)"):
+    with pytest.raises(SchemaError, match="cannot store these types"):
         db.create_table("t", pa.table({"n": [1, 2, 3], "other": column}))
     assert db.table_names() == []
 
@@ -145,3 +145,17 @@ def test_tables_that_come_and_go_under_searches(tmp_path: Path) -> None:
     assert not wrong
     assert seen
     assert table.search(query).limit(3).to_arrow()["n"].to_pylist() == answers[0]
+
+
+@pytest.mark.parametrize("budget", [None, 1000])
+def test_results_beyond_the_memory(budget: int | None) -> None:
+    db = connect("memory://", device="cpu", memory_budget=budget)
+    table = db.create_table("t", as_table(vectors(4000, 2)))
+    queries = vectors(60_000, 2, seed=1)
+    enormous = np.broadcast_to(queries[:1], (10_000_000, 2))
+    with pytest.raises(QueryError, match=r"Up to 4000 rows for each of 10000000 queries take .*"):
+        table.search(enormous).limit(10**9).select(["n"]).to_arrow()
+    few = table.search(queries).where("n < 2").limit(10**9).select(["n"]).to_arrow()
+    assert few["n"].to_numpy().reshape(-1, 2).sum(axis=1).tolist() == [1] * len(queries)
+    none = table.search(queries).where("n < 0").limit(10**9).select(["n"]).to_arrow()
+    assert none.num_rows == 0

@@ -10,11 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gpu_lance.errors import QueryError
+from gpu_lance.host_memory import available
+from gpu_lance.index.sizes import show_bytes
+
 if TYPE_CHECKING:
     import torch
 
     from gpu_lance.index.snapshot import Mask
     from gpu_lance.types import Metric
+
+BYTES_PER_ROW = 40  # an id and a distance, and what merging and reading them takes
+SURELY_THERE = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -46,14 +53,41 @@ class SearchResult:
 
     @classmethod
     def empty(cls, m: int, k: int) -> SearchResult:
-        """The result of `m` queries for which no row qualifies."""
+        """The result of `m` queries for which no row qualifies; see :func:`check_room`."""
+        check_room(m, k)
         return cls(np.full((m, k), -1, np.int64), np.full((m, k), np.inf, np.float32))
+
+    def padded(self, k: int) -> SearchResult:
+        """The result with k columns, where it has fewer."""
+        m, width = self.row_ids.shape
+        if width >= k:
+            return self
+        wider = SearchResult.empty(m, k)
+        wider.row_ids[:, :width] = self.row_ids
+        wider.distances[:, :width] = self.distances
+        return wider
 
     @property
     def counts(self) -> np.ndarray:
         """How many rows were found for each query: (m,), int64."""
         counts: np.ndarray = (self.row_ids >= 0).sum(axis=1)
         return counts
+
+
+def check_room(m: int, k: int) -> None:
+    """Raise unless k rows for each of m queries fit in the host's memory.
+
+    Raises
+    ------
+    QueryError
+    """
+    needed = BYTES_PER_ROW * m * k
+    if needed > SURELY_THERE and needed > (free := available()):
+        raise QueryError(
+            f"Up to {k} rows for each of {m} queries take {show_bytes(needed)}, and "
+            f"{show_bytes(free)} of memory are free. Give a smaller limit, or search fewer queries "
+            "at a time."
+        )
 
 
 class VectorIndex(ABC):

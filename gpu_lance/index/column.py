@@ -98,6 +98,7 @@ class ColumnIndex:
         where: str | None = None,
         lower: float | None = None,
         upper: float | None = None,
+        pad: bool = True,
     ) -> SearchResult:
         """The `k` nearest rows of each query in the dataset's version.
 
@@ -114,6 +115,8 @@ class ColumnIndex:
             An SQL condition; only rows that meet it are searched.
         lower, upper : float, optional
             Only rows with lower <= distance < upper count.
+        pad : bool
+            False leaves the result with fewer columns than `k` where fewer rows are searched.
 
         Returns
         -------
@@ -122,7 +125,7 @@ class ColumnIndex:
         Raises
         ------
         QueryError
-            If the condition, k or the queries' length is wrong.
+            If the condition, k or the queries' length is wrong, or the result is too large.
         BadVectorError
             If a query holds NaN or infinity.
         IndexBackendError
@@ -135,9 +138,10 @@ class ColumnIndex:
         snapshot = self._follower.at(dataset, mark)
         worker = Worker.of(self.device)
         if snapshot is None:
-            return self._streamed(dataset, worker, queries, k, metric, where, lower, upper)
+            found = self._streamed(dataset, worker, queries, k, metric, where, lower, upper)
+            return found.padded(k) if pad else found
         allowed = None if where is None else self._allowed(dataset, mark, snapshot, where)
-        self._scanned = snapshot.num_live if allowed is None else allowed.count
+        qualify = self._scanned = snapshot.num_live if allowed is None else allowed.count
         stored = None
         if snapshot.dtype.itemsize < stored_dtype(dataset, self.column, self.ndims).itemsize:
             stored = lookup(dataset, self.column, snapshot)
@@ -147,7 +151,8 @@ class ColumnIndex:
             return exact.search(some, k, allowed=allowed, lower=lower, upper=upper)
 
         key = (id(snapshot), metric, None if allowed is None else id(allowed), lower, upper)
-        return worker.search(key, queries, k, run)
+        found = worker.search(key, queries, min(k, max(1, qualify)), run)
+        return found.padded(k) if pad else found
 
     def _streamed(
         self,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpu_lance.index.base import SearchResult
+from gpu_lance.index.base import SearchResult, check_room
 from gpu_lance.index.exact import ExactSearch, checked
 from gpu_lance.index.rescore import NO_ROW, rank
 from gpu_lance.index.snapshot import Snapshot
@@ -104,14 +104,16 @@ def stream(
 
         found = run(one, queries, min(k, max(1, snapshot.num_live)))
         names = np.where(found.row_ids < 0, NO_ROW, found.row_ids)
+        width = min(k, ids.shape[1] + names.shape[1])
+        check_room(len(queries), width)
         ids, distances = rank(
             np.concatenate([ids, names], axis=1),
             np.concatenate([distances, found.distances], axis=1),
-            k,
+            width,
         )
-    result = SearchResult.empty(len(queries), k)
-    result.row_ids[:, : ids.shape[1]] = np.where(ids == NO_ROW, -1, ids)
-    result.distances[:, : ids.shape[1]] = distances
+    if ids.shape[1] == 0:
+        return SearchResult.empty(len(queries), 1), rows
+    result = SearchResult(np.where(ids == NO_ROW, -1, ids), distances)
     return result, rows
 
 

@@ -192,6 +192,7 @@ def nearest(
     result = target.column_index(spec.column, dataset).search(
         dataset, queries, k, spec.metric,
         where=spec.where if spec.prefilter else None, lower=spec.lower, upper=spec.upper,
+        pad=False,
     )  # fmt: skip
     report.version = dataset.version
     counts = result.counts
