@@ -600,7 +600,7 @@ def test_the_commands_take_it(tmp_path: Path) -> None:
     call = CliRunner().invoke
     found = call(cli.app, ["info", str(tmp_path), "--memory-budget", "2 GiB", "--json"])
     assert json.loads(found.stdout)["device"]["budget_bytes"] == 2 << 30
-    assert "2.0 GiB for resident" in call(cli.app, ["info", "--memory-budget", "2GiB"]).stdout
+    assert "2.00 GiB for resident" in call(cli.app, ["info", "--memory-budget", "2GiB"]).stdout
     assert overview.system("cpu")["device"]["budget_bytes"] is None
     search = ["search", str(tmp_path), "t", "[1, 2]", "--vector", "--device", "cpu", "--json"]
     found = call(cli.app, [*search, "--memory-budget", "0"])
