@@ -60,7 +60,7 @@ def test_a_share() -> None:
     [
         *("", " ", "GiB", "8 GiBs", "8 Q", "-1", "-8GiB", "nan", "inf", "1e999", "1e30", "1,5 GiB"),
         *("1_000", "0x10", "8 8", "8GiB!", "101%", "%", "-5%", "1e", "٣", "8\nGiB\n8", "9" * 5000),
-        *(-1, -0.5, float("nan"), float("inf"), 10**400, 1 << 63),
+        *(-1, -0.5, 1.5, float("nan"), float("inf"), 10**400, 1 << 63),
     ],
     ids=lambda value: repr(value)[:12],
 )

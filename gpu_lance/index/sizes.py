@@ -59,6 +59,8 @@ def parse_bytes(
         size: float = int(value)
     elif isinstance(value, numbers.Real):
         size = float(value)
+        if not size.is_integer():  # also infinity and NaN; gigabytes were meant, perhaps
+            raise BadInputError(wrong)
     else:
         found = _SIZE.fullmatch(value.strip().lower())
         if found is None:

@@ -252,7 +252,7 @@ def _unseen(
             else f"version {version} rewrote the column"
         )
     if name not in ROW_OPERATIONS | QUIET_OPERATIONS:
-        return f"version {version} is a {name}"
+        return f"version {version} was made by {name}"
     if name == "Update":
         named = list(operation.fields_modified)
         in_place = field_id in named or (operation.update_mode == "rewrite_columns" and not named)
