@@ -73,6 +73,16 @@ print(json.dumps({
 }))
 """
 
+ADDS = """
+table = db.create_table("t", {"id": [0], "vector": [[0.0] * 8]})
+for i in range(80):
+    table.add([{"id": i, "vector": [float(i)] * 8}])
+    table.search([1.0] * 8).limit(1).to_list()
+    if i == 20:
+        before = peak_mb()
+print(json.dumps({"mb": peak_mb() - before, "rows": len(table)}))
+"""
+
 
 def measured(script: str, folder: Path, *arguments: str) -> dict[str, Any]:
     done = subprocess.run(
@@ -100,3 +110,13 @@ def test_a_stream_takes_no_more_memory_than_a_few_batches(tmp_path: Path) -> Non
     assert long["data"] == 480
     assert long["mb"] < long["data"] / 2
     assert long["mb"] < short["mb"] + 200
+
+
+@pytest.mark.parametrize("uri", ["memory://", ""])
+def test_many_small_adds_and_searches(uri: str, tmp_path: Path) -> None:
+    """A version costs its metadata, and no buffer."""
+    found = measured(
+        f"db = gpu_lance.connect({uri!r} or sys.argv[1], device='cpu')\n{ADDS}", tmp_path
+    )
+    assert found["rows"] == 81
+    assert found["mb"] < 120  # 60 versions of 6 MB were 360

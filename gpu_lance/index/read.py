@@ -25,6 +25,7 @@ READ_AHEAD_BYTES = 16 << 20
 # glibc gives buffers as large as Lance's back to the system, and so takes fresh pages for every
 # one, until a buffer of this size was freed once in the process: the most that it adapts to.
 LARGEST_KEPT_BYTES = (32 << 20) - (64 << 10)
+WORTH_BYTES = 64 << 20
 # Rows by id are looked up or picked out of a scan: a run of ids costs what so many bytes cost.
 RUN_BYTES = 12 << 10
 
@@ -133,9 +134,16 @@ def read_blocks(
         batch_size=rows,
         io_buffer_size=READ_AHEAD_BYTES,
     )
-    np.empty(LARGEST_KEPT_BYTES, np.uint8)  # freed at once and never touched: see above
+    # not for little, nor in memory: Lance keeps large buffers of small files there, which the
+    # system would not have backed by memory
+    if dataset.count_rows() * ndims * width >= WORTH_BYTES and not _in_memory(dataset):
+        np.empty(LARGEST_KEPT_BYTES, np.uint8)  # freed at once and never touched: see above
     batches = batches_of(scan) if where is None else _asked(scan)
     return (_block(batch, column, ndims, width) for batch in batches if batch.num_rows)
+
+
+def _in_memory(dataset: lance.LanceDataset) -> bool:
+    return str(dataset.uri).startswith("memory:")
 
 
 def check_column(dataset: lance.LanceDataset, column: str, ndims: int) -> int:
