@@ -187,8 +187,8 @@ def test_asking_is_cheap(eager: Planner, block: Block) -> None:
             best = min(best, (time.perf_counter() - start) / 50)
         return best
 
-    assert seconds(lambda: choose(eager, 1, block)) < 20e-6
-    assert seconds(lambda: eager.gathers(ROWS, 10, 1, NDIMS)) < 20e-6
+    assert seconds(lambda: choose(eager, 1, block)) < 100e-6
+    assert seconds(lambda: eager.gathers(ROWS, 10, 1, NDIMS)) < 100e-6
 
 
 @pytest.mark.gpu
