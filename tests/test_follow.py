@@ -156,3 +156,12 @@ def test_what_is_only_handy_evicts_nobody_and_chunks_stay_few(tmp_path: Path) ->
         assert index.info()["rows"] == 102
         assert small.info()["rows"] == 100
     small.close()
+
+
+def test_rows_that_find_no_room_are_the_reason_of_a_rebuild(tmp_path: Path) -> None:
+    dataset = write(tmp_path, table(np.ones((100, 2))))
+    with ColumnIndex("vector", 2, CPU, Budget(CPU, 4000)) as index:
+        found(index, dataset, 1)
+        dataset = write(tmp_path, table(np.ones((200, 2)), start=100), "append")
+        assert found(index, dataset, 300) == list(range(300))
+        assert index.info()["refresh"]["reason"] == "There is no room for 200 more rows."

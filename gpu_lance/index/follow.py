@@ -168,13 +168,11 @@ class Follower:
                 if len(found.read):
                     self._read(dataset, row_ids=found.read)
                 kind = "difference"
-            else:
-                reason = found
         except (NoRoomError, DoesNotNarrowError, RuntimeError, MemoryError) as error:
-            if not isinstance(error, NoRoomError | DoesNotNarrowError | MemoryError):
-                if not is_out_of_memory(error):
-                    raise
+            if is_out_of_memory(error):
                 release_cache(self.device)
+            elif not isinstance(error, NoRoomError | DoesNotNarrowError):
+                raise
             found = str(error)
         if isinstance(found, str):
             self.drop()
@@ -186,7 +184,7 @@ class Follower:
                     "one into a new table.",
                     self.column,
                 )
-            return "rebuild", reason
+            return "rebuild", found
         self._publish(Held.of(dataset, self.column), sweep=forward)
         return kind, reason
 
