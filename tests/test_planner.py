@@ -110,7 +110,7 @@ def test_threads_measure_once(
         run.start()
     for run in runs:
         run.join()
-    assert len(seen) == 3 * (planner.ROUNDS[False] + 1)  # one, and one with a tile gathered
+    assert len(seen) == 3 * (planner.ROUNDS + 1)  # one, and one with a tile gathered
 
 
 def test_what_faiss_does_not_serve_goes_to_torch(eager: Planner, block: Block) -> None:

@@ -247,16 +247,16 @@ class Budget:
     def settle(self, owner: Owner) -> None:
         """Note that the owner has taken from the device what it reserved."""
         with _lock:
-            entry = self._entries.get(id(owner))
-            if entry is not None and entry.owner() is owner:
+            entry = self._found(owner)
+            if entry is not None:
                 entry.promised = 0
         self._pass_on("settle", owner)
 
     def release(self, owner: Owner, nbytes: int | None = None) -> None:
         """Count `nbytes` less for the owner, which has freed them; None for all that it holds."""
         with _lock:
-            entry = self._entries.get(id(owner))
-            if entry is not None and entry.owner() is owner:
+            entry = self._found(owner)
+            if entry is not None:
                 less = entry.held if nbytes is None else min(nbytes, entry.held)
                 _count(entry, entry.held - less, max(0, entry.promised - less))
         if nbytes is None:
@@ -264,8 +264,8 @@ class Budget:
 
     def touch(self, owner: Owner) -> None:
         """Note that the owner was used just now; it waits for nobody."""
-        entry = self._entries.get(id(owner))
-        if entry is not None and entry.owner() is owner:
+        entry = self._found(owner)
+        if entry is not None:
             entry.used = next(_clock)
         self._pass_on("touch", owner)
 
@@ -284,8 +284,8 @@ class Budget:
     def held_by(self, owner: Owner) -> int:
         """Bytes that are counted for one owner."""
         with _lock:
-            entry = self._entries.get(id(owner))
-            return entry.held if entry is not None and entry.owner() is owner else 0
+            entry = self._found(owner)
+            return 0 if entry is None else entry.held
 
     def info(self) -> dict[str, Any]:
         """What there is, as plain values.
@@ -325,11 +325,15 @@ class Budget:
             elif self._entries.get(key) is entry:
                 del self._entries[key]
 
+    def _found(self, owner: Owner) -> _Entry | None:
+        entry = self._entries.get(id(owner))
+        return entry if entry is not None and entry.owner() is owner else None
+
     def _entry(self, owner: Owner) -> _Entry:
         for _ in self._living():  # those of dropped columns go
             pass
-        entry = self._entries.get(id(owner))
-        if entry is None or entry.owner() is not owner:
+        entry = self._found(owner)
+        if entry is None:
             entry = self._entries[id(owner)] = _Entry(weakref.ref(owner), used=next(_clock))
         return entry
 

@@ -29,7 +29,7 @@ EXTRAS = "cpu|cuda13|cuda12"
 WORTH_BYTES = 16 << 20  # of vectors; a smaller table is searched before it is measured
 SAMPLE_BYTES = {False: 64 << 20, True: 16 << 20}  # few queries must not fit a cache; by `many`
 MANY = 64  # queries in a measurement of many
-ROUNDS = {False: 5, True: 5}  # by `many`
+ROUNDS = 5
 CLEARLY = 0.75  # torch is taken where it needs less than that share of FAISS's time
 CANDIDATES = 26  # of ten rows
 SHARE = {False: 0.2, True: 0.5}  # of the rows, below which they are gathered, by `many`
@@ -183,7 +183,7 @@ class Planner:
             fast, plain = self._faiss.nearest, self.masked.nearest
             faiss, torch_, dense, gathered = _best(
                 self.device,
-                ROUNDS[many],
+                ROUNDS,
                 lambda: fast(*ask),
                 lambda: plain(*ask),
                 lambda: plain(*ask, mask=mask),

@@ -63,21 +63,16 @@ class Scan:
         within: np.ndarray = distances >= self.lower
         return within if self.upper == math.inf else within & (distances < self.upper)
 
-    def gathered(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Slots (t,), vectors (t, d), norms (t,) of the rows that qualify, `step` at a time."""
-        passing = self.slots()
-        for start in range(0, len(passing), step):
-            slots = passing[start : start + step]
-            yield slots, self.snapshot.gather(slots), self.snapshot.norms_of(slots)
-
     def _tiles(
         self, step: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """Slots (t,), vectors (t, d), norms (t,), and which of them qualify (t,), None for all."""
         torch = require("torch", extra="cpu|cuda13|cuda12")
         if self.gathers:
-            for slots, vectors, norms in self.gathered(step):
-                yield slots, vectors, norms, None
+            passing = self.slots()
+            for start in range(0, len(passing), step):
+                slots = passing[start : start + step]
+                yield slots, self.snapshot.gather(slots), self.snapshot.norms_of(slots), None
             return
         for first, vectors, norms in self.snapshot.pieces():
             for start in range(0, len(vectors), step):

@@ -9,6 +9,7 @@ import numpy as np
 
 from gpu_lance.index.base import SearchResult, check_room
 from gpu_lance.index.exact import ExactSearch, checked
+from gpu_lance.index.read import Block, read_blocks
 from gpu_lance.index.rescore import NO_ROW, rank
 from gpu_lance.index.snapshot import Snapshot
 from gpu_lance.index.store import ResidentStore
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
     import torch
 
     from gpu_lance.index.planner import Planner
-    from gpu_lance.index.read import Block
     from gpu_lance.types import Metric
+
+Stored = Callable[["torch.Tensor"], "torch.Tensor"]  # the stored vectors (n, d) of slots (n,)
 
 EXTRAS = "cpu|cuda13|cuda12"
 PIECE_BYTES = 32 << 20  # few enough to be in memory for a while, enough to be worth a search
@@ -36,18 +38,13 @@ def lookup(dataset: lance.LanceDataset, column: str, snapshot: Snapshot) -> Stor
     column : str
     snapshot : Snapshot
     """
-    from gpu_lance.index.read import read_blocks
 
     def stored(slots: torch.Tensor) -> torch.Tensor:
         wanted = snapshot.row_ids[slots.cpu().numpy()]
-        unique = np.unique(wanted)
-        blocks = read_blocks(dataset, column, snapshot.ndims, row_ids=unique)
+        blocks = read_blocks(dataset, column, snapshot.ndims, row_ids=wanted)
         return _pick([(b.row_ids, b.vectors.copy()) for b in blocks], wanted)
 
     return stored
-
-
-Stored = Callable[["torch.Tensor"], "torch.Tensor"]
 
 
 def _pick(parts: list[tuple[np.ndarray, np.ndarray]], wanted: np.ndarray) -> torch.Tensor:
