@@ -143,26 +143,43 @@ class Embeddings:
     Parameters
     ----------
     vectors : torch.Tensor
-        (n, d), float32 or float16. A row whose item could not be embedded holds zeros.
+        (n, d), float32 or float16: one an item. A row whose item could not be embedded holds
+        zeros. With `offsets` (t, d): any number an item.
     valid : numpy.ndarray
         (n,), bool, on the host: False where the item was null or bad.
     errors : dict of int to str
         The reason for each bad item, by its position. A null item is not an error.
+    offsets : numpy.ndarray, optional
+        (n + 1,), int64, on the host: item i has the vectors from ``offsets[i]`` to
+        ``offsets[i + 1]``, none if it is not valid.
+
+    Examples
+    --------
+    >>> import torch
+    >>> offsets = np.array([0, 2, 2])
+    >>> len(Embeddings(torch.zeros(2, 8), np.array([True, False]), offsets=offsets))
+    2
     """
 
     vectors: torch.Tensor
     valid: np.ndarray
     errors: dict[int, str] = field(default_factory=dict)
+    offsets: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        if self.vectors.ndim != 2 or self.valid.shape != (self.vectors.shape[0],):
+        count = self.vectors.shape[0]
+        if self.offsets is not None and int(self.offsets[-1]) == count:
+            count = len(self.offsets) - 1
+        if self.vectors.ndim != 2 or self.valid.shape != (count,):
+            offsets = "" if self.offsets is None else f", offsets {self.offsets.shape}"
             raise ValueError(
-                f"Embeddings wants vectors (n, d) and valid (n,), got "
-                f"{tuple(self.vectors.shape)} and {self.valid.shape}."
+                f"Embeddings wants vectors (n, d) and valid (n,), or vectors (t, d) with offsets "
+                f"(n + 1,) that end with t; got {tuple(self.vectors.shape)} and "
+                f"{self.valid.shape}{offsets}."
             )
 
     def __len__(self) -> int:
-        return int(self.vectors.shape[0])
+        return len(self.valid)
 
 
 def lone_surrogate(text: str) -> int | None:

@@ -10,7 +10,7 @@ import torch
 
 from gpu_lance.device import resolve_device
 from gpu_lance.embeddings import DeviceEmbeddingFunction
-from gpu_lance.embeddings.calls import embed, finish, prepare, runs_on_device
+from gpu_lance.embeddings.calls import embed, finish, prepare, is_staged
 from gpu_lance.embeddings.device_base import Payload
 from gpu_lance.errors import BadInputError, DeviceError, EmbeddingError, OutOfDeviceMemoryError
 from gpu_lance.types import Modality, Side
@@ -238,10 +238,10 @@ def test_an_overridden_list_method_is_asked():
             return [[7.0, 8.0, 9.0] for _ in self.sanitize_input(items)]
 
     function = Own()
-    assert not runs_on_device(function, Side.SOURCE)
+    assert not is_staged(function, Side.SOURCE)
     made = embed(function, ["a", None], "source", ndims=3, device=CPU)
     assert made.vectors.tolist() == [[7, 8, 9], [0, 0, 0]]
-    assert runs_on_device(Lengths(), Side.SOURCE)
+    assert is_staged(Lengths(), Side.SOURCE)
 
 
 def test_session_arguments_are_not_stored():

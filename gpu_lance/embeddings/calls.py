@@ -1,7 +1,7 @@
 """Embed items with any function: a CPU part that may run ahead, and a device part.
 
-A function that derives from DeviceEmbeddingFunction gives tensors; for a user's class, which
-returns lists, what it returns is checked and put into one tensor.
+A function that derives from StagedFunction gives tensors; for a user's class, which returns lists,
+what it returns is checked and put into one tensor.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import numpy as np
 
 from gpu_lance.device import as_tensor
 from gpu_lance.embeddings.base import EmbeddingFunction, TextEmbeddingFunction
-from gpu_lance.embeddings.device_base import DeviceEmbeddingFunction, is_derived
 from gpu_lance.embeddings.inputs import text_fault
+from gpu_lance.embeddings.returned import as_parts, as_rows
+from gpu_lance.embeddings.staged import StagedFunction, is_derived
 from gpu_lance.errors import EmbeddingError
 from gpu_lance.optional import require
 from gpu_lance.types import Embeddings, Side
@@ -69,8 +70,8 @@ def prepare(function: EmbeddingFunction, items: Sequence[Any], side: Side | str)
         What :func:`finish` takes.
     """
     side = Side(side)
-    if runs_on_device(function, side):
-        assert isinstance(function, DeviceEmbeddingFunction)
+    if is_staged(function, side):
+        assert isinstance(function, StagedFunction)
         return function.prepare(items, side)
     text = isinstance(function, TextEmbeddingFunction)
     good: list[Any] = []
@@ -88,7 +89,12 @@ def prepare(function: EmbeddingFunction, items: Sequence[Any], side: Side | str)
 
 
 def finish(
-    function: EmbeddingFunction, prepared: Any, *, ndims: int, device: torch.device
+    function: EmbeddingFunction,
+    prepared: Any,
+    *,
+    ndims: int,
+    device: torch.device,
+    multi: bool = False,
 ) -> Embeddings:
     """Do the device part of embedding what :func:`prepare` gave.
 
@@ -102,11 +108,15 @@ def finish(
         The length that a vector must have.
     device : torch.device
         Where the vectors shall be.
+    multi : bool
+        Whether an item may have any number of vectors, as in a ``MultiVector`` column; one of a
+        function that gives one.
 
     Returns
     -------
     Embeddings
-        Vectors (n, ndims), float32, in the order of the items.
+        Vectors (n, ndims), float32, in the order of the items; with `multi` (t, ndims) and
+        offsets.
 
     Raises
     ------
@@ -115,25 +125,39 @@ def finish(
         other than numbers; the message names the item.
     """
     if not isinstance(prepared, ListItems):
-        assert isinstance(function, DeviceEmbeddingFunction)
-        return function.finish(prepared, ndims=ndims, device=device)
+        assert isinstance(function, StagedFunction)
+        if function.multivector and not multi:
+            raise EmbeddingError(
+                f"{type(function).__name__} makes several vectors of each item; they go into a "
+                f"column of MultiVector({ndims})."
+            )
+        made = function.finish(prepared, ndims=ndims, device=device)
+        return _one_each(made) if multi and made.offsets is None else made
     torch = require("torch", extra="cpu|cuda13|cuda12")
-    vectors = torch.zeros((prepared.count, ndims), dtype=torch.float32, device=device)
-    valid = np.zeros(prepared.count, dtype=bool)
-    errors = dict(prepared.errors)
+    name, count = type(function).__name__, prepared.count
+    rows, missing = as_tensor(np.empty((0, ndims), np.float32)), set[int]()
+    lengths = np.zeros(count, np.int64)
     if prepared.items:
         returned = _call(function, prepared)
-        name = type(function).__name__
-        rows, missing = _as_rows(returned, prepared.positions, ndims, name)
-        kept = [where for i, where in enumerate(prepared.positions) if i not in missing]
-        errors.update(
-            (prepared.positions[i], f"{name} returned no vector for it") for i in sorted(missing)
-        )
-        if kept:
-            valid[kept] = True
-            target = torch.as_tensor(kept, device=device)
-            vectors.index_copy_(0, target, rows.to(device=device, dtype=torch.float32))
-    return Embeddings(vectors, valid, dict(sorted(errors.items())))
+        if multi:
+            rows, here, missing = as_parts(returned, prepared.positions, ndims, name)
+            lengths[prepared.positions] = here
+        else:
+            rows, missing = as_rows(returned, prepared.positions, ndims, name)
+    kept = [where for i, where in enumerate(prepared.positions) if i not in missing]
+    valid = np.zeros(count, dtype=bool)
+    valid[kept] = True
+    errors = dict(prepared.errors)
+    errors.update(
+        (prepared.positions[i], f"{name} returned no vector for it") for i in sorted(missing)
+    )
+    errors = dict(sorted(errors.items()))
+    rows = rows.to(device=device, dtype=torch.float32)
+    if multi:
+        return Embeddings(rows, valid, errors, np.concatenate(([0], np.cumsum(lengths))))
+    vectors = torch.zeros((count, ndims), dtype=torch.float32, device=device)
+    vectors.index_copy_(0, torch.as_tensor(kept, dtype=torch.int64, device=device), rows)
+    return Embeddings(vectors, valid, errors)
 
 
 def embed(
@@ -143,6 +167,7 @@ def embed(
     *,
     ndims: int,
     device: torch.device,
+    multi: bool = False,
 ) -> Embeddings:
     """Embed `items`: :func:`prepare`, then :func:`finish`.
 
@@ -159,16 +184,17 @@ def embed(
     >>> made.vectors.tolist(), made.valid.tolist()
     ([[1.0], [0.0], [3.0]], [True, False, True])
     """
-    return finish(function, prepare(function, items, side), ndims=ndims, device=device)
+    prepared = prepare(function, items, side)
+    return finish(function, prepared, ndims=ndims, device=device, multi=multi)
 
 
-def runs_on_device(function: EmbeddingFunction, side: Side) -> bool:
+def is_staged(function: EmbeddingFunction, side: Side) -> bool:
     """Whether `function` gives tensors for that side.
 
-    A subclass of a device function that overrides one of LanceDB's list methods is asked through
+    A subclass of a staged function that overrides one of LanceDB's list methods is asked through
     that method, or its override would be ignored.
     """
-    if not isinstance(function, DeviceEmbeddingFunction):
+    if not isinstance(function, StagedFunction):
         return False
     names = ["generate_embeddings", "compute_source_embeddings"]
     if side is Side.QUERY:
@@ -197,107 +223,11 @@ def _only(returned: Any, name: str) -> Any:
     )
 
 
-def _as_rows(
-    returned: Any, positions: list[int], ndims: int, name: str
-) -> tuple[torch.Tensor, set[int]]:
-    """Turn what a function returned into (m, ndims), and say which items got no vector."""
-    if hasattr(returned, "to_pylist"):  # Arrow
-        returned = returned.to_pylist()
-    elif hasattr(returned, "to_numpy"):  # a data frame, or a column of vectors
-        returned = returned.to_numpy()
-    if not hasattr(returned, "__len__") or isinstance(returned, set | frozenset):  # no order
-        raise EmbeddingError(
-            f"{name} must return a list of vectors, got a {type(returned).__name__}."
-        )
-    if len(returned) != len(positions):
-        raise EmbeddingError(
-            f"{name} returned {len(returned)} vectors for {len(positions)} items; it must return "
-            "one for each."
-        )
-    if getattr(returned, "ndim", None) == 2 and _is_numeric(returned):
-        if returned.shape[1] != ndims:
-            raise _wrong_length(name, positions[0], returned.shape[1], ndims)
-        return as_tensor(returned), set()
-    missing = {i for i, vector in enumerate(returned) if vector is None}
-    present = [vector for vector in returned if vector is not None]
-    if not present:
-        return as_tensor(np.empty((0, ndims), np.float32)), missing
-    try:
-        rows = _stack(present)
-    except (ValueError, TypeError, OverflowError):
-        rows = None
-    if rows is None or tuple(rows.shape[1:]) != (ndims,):
-        raise _first_fault(returned, positions, ndims, name)
-    return rows, missing
-
-
-def _stack(vectors: list[Any]) -> torch.Tensor | None:
+def _one_each(made: Embeddings) -> Embeddings:
+    """One vector an item, as lists of one."""
     torch = require("torch", extra="cpu|cuda13|cuda12")
-    if any(isinstance(vector, torch.Tensor) for vector in vectors):
-        tensors = [as_tensor(vector) for vector in vectors]
-        if len({tuple(tensor.shape) for tensor in tensors}) > 1 or tensors[0].is_complex():
-            return None
-        return torch.stack([tensor.to(tensors[0].device) for tensor in tensors])
-    array = np.asarray(vectors)
-    if not _is_numeric(array):
-        return None
-    with np.errstate(over="ignore"):  # what overflows becomes infinite, and so a bad vector
-        return as_tensor(array.astype(np.float32, copy=False))
-
-
-def _is_numeric(values: Any) -> bool:
-    dtype = values.dtype
-    # numpy would parse numbers out of strings and drop the imaginary part of complex ones
-    kind = getattr(dtype, "kind", None)
-    return kind in "fiub" if kind is not None else not dtype.is_complex
-
-
-def _length(vector: Any) -> int | None:
-    """How many numbers a vector has; None for what has no length, such as a number."""
-    try:
-        return None if isinstance(vector, str | bytes) else len(vector)
-    except TypeError:
-        return None
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, str | bytes) or np.ndim(value) or np.iscomplexobj(value):
-        return False
-    try:
-        float(value)
-    except (TypeError, ValueError, OverflowError):
-        return False
-    return True
-
-
-def _first_fault(returned: Any, positions: list[int], ndims: int, name: str) -> EmbeddingError:
-    for where, vector in zip(positions, returned, strict=True):
-        if vector is None:
-            continue
-        length = _length(vector)
-        if length is None:
-            return EmbeddingError(
-                f"{name} returned {_shown(vector)} for item {where}; a vector is a list of "
-                f"{ndims} numbers."
-            )
-        if length != ndims:
-            return _wrong_length(name, where, length, ndims)
-        for number in vector:
-            if not _is_number(number):
-                return EmbeddingError(
-                    f"{name} returned a vector for item {where} that holds {_shown(number)}; a "
-                    f"vector is a list of {ndims} numbers."
-                )
-    return EmbeddingError(f"{name} must return one list of {ndims} numbers for each item.")
-
-
-def _wrong_length(name: str, where: int, got: int, ndims: int) -> EmbeddingError:
-    return EmbeddingError(
-        f"{name} returned a vector of {got} numbers for item {where}; the column wants {ndims}. "
-        "Make ndims() return what the model gives, or use the function that made the column."
-    )
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"a {type(value).__name__}"
+    vectors = made.vectors
+    if not made.valid.all():
+        vectors = vectors[torch.from_numpy(made.valid).to(vectors.device)]
+    offsets = np.concatenate(([0], np.cumsum(made.valid, dtype=np.int64)))
+    return Embeddings(vectors, made.valid, made.errors, offsets)

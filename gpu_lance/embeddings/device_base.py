@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from pydantic import Field, PrivateAttr
 
-from gpu_lance.device import as_tensor, check_threads, resolve_device, to_host
-from gpu_lance.embeddings.base import EmbeddingFunction
+from gpu_lance.device import as_tensor, check_threads, resolve_device
 from gpu_lance.embeddings.batching import Budget, run_batches
+from gpu_lance.embeddings.gathering import OneEach, Several
 from gpu_lance.embeddings.inputs import text_fault
-from gpu_lance.errors import BadInputError, EmbeddingError
+from gpu_lance.embeddings.staged import StagedFunction
+from gpu_lance.errors import EmbeddingError
 from gpu_lance.optional import require
 from gpu_lance.types import Embeddings, Modality, Side
 
 if TYPE_CHECKING:
     import torch
-
-logger = logging.getLogger(__name__)
-
-M = TypeVar("M", bound=Callable[..., Any])
-
-
-def derived(method: M) -> M:
-    """Mark a list method that only wraps the device methods; an override lacks the mark."""
-    method.__derived_from_device__ = True  # type: ignore[attr-defined]
-    return method
-
-
-def is_derived(method: Any) -> bool:
-    """Whether :func:`derived` marked it."""
-    return bool(getattr(method, "__derived_from_device__", False))
 
 
 @dataclass
@@ -89,7 +74,7 @@ class Prepared:
     errors: dict[int, str]
 
 
-class DeviceEmbeddingFunction(EmbeddingFunction):
+class DeviceEmbeddingFunction(StagedFunction):
     """Base of our providers: a CPU part and a device part; the rest is derived from them.
 
     A provider implements :meth:`prepare_items`, :meth:`forward` and ``ndims``. This class owns the
@@ -145,9 +130,7 @@ class DeviceEmbeddingFunction(EmbeddingFunction):
         """Do the CPU part for good items: tokenise, decode. Must not touch the device."""
 
     @abstractmethod
-    def forward(
-        self, data: Any, rows: np.ndarray, side: Side, device: torch.device
-    ) -> torch.Tensor:
+    def forward(self, data: Any, rows: np.ndarray, side: Side, device: torch.device) -> Any:
         """Embed one batch, under ``inference_mode``.
 
         Parameters
@@ -163,17 +146,14 @@ class DeviceEmbeddingFunction(EmbeddingFunction):
 
         Returns
         -------
-        torch.Tensor
-            (b, d), of a floating dtype, on `device`, not yet normalised.
+        torch.Tensor, or (torch.Tensor, numpy.ndarray)
+            (b, d), of a floating dtype, on `device`, not yet normalised. Of a class with
+            `multivector` the vectors of all items end to end (t, d), and how many each has (b,).
         """
 
     def item_fault(self, item: Any) -> str | None:
         """Return why an item cannot be embedded, or None; override it for other kinds than text."""
         return text_fault(item) if self.inputs == {Modality.TEXT} else None
-
-    def fingerprint(self) -> dict[str, str] | None:
-        """Return what decides the values of the vectors; None if it is not known."""
-        return None
 
     # -- the device methods
 
@@ -214,57 +194,48 @@ class DeviceEmbeddingFunction(EmbeddingFunction):
         wanted = device
         if self.device.strip().lower() != "auto":
             device = resolve_device(self.device)  # the model's, wherever the vectors shall be
-        # made outside inference_mode, so that the caller gets an ordinary tensor
-        made = torch.empty((len(prepared.rows), ndims), dtype=torch.float32, device=device)
-        out = torch.zeros((prepared.count, ndims), dtype=torch.float32, device=device)
+        where = prepared.positions, prepared.count, ndims, device
+        gathered = Several(*where) if self.multivector else OneEach(*where)
 
         def batch(start: int, end: int) -> Any:
             return self._batch(prepared, start, end, ndims, device)
 
+        budget, name = self._budget(device), type(self).__name__
         with torch.inference_mode():
-            budget, name = self._budget(device), type(self).__name__
-            for start, end, vectors in run_batches(prepared.costs, budget, batch, device, name):
-                made[start:end] = vectors
-            target = torch.from_numpy(prepared.positions)
-            if device.type == "cuda":
-                target = target.pin_memory().to(device, non_blocking=True)
-            out.index_copy_(0, target.to(device), made)
-        valid = np.zeros(prepared.count, dtype=bool)
-        valid[prepared.positions] = True
-        return Embeddings(as_tensor(out, wanted), valid, dict(sorted(prepared.errors.items())))
-
-    # -- LanceDB's methods
-
-    @derived
-    def compute_source_embeddings(self, items: Any, *args: Any, **kwargs: Any) -> list[Any]:
-        """Embed one item or a column: float32 arrays; None where an item is null or bad."""
-        made = self._embed(self.sanitize_input(items), Side.SOURCE)
-        if made.errors:
-            first, reason = next(iter(made.errors.items()))
-            logger.warning(
-                "%s: %d items have no vector; the first is item %d: %s.",
-                type(self).__name__,
-                len(made.errors),
-                first,
-                reason,
-            )
-        return _as_arrays(made)
-
-    @derived
-    def compute_query_embeddings(self, query: Any, *args: Any, **kwargs: Any) -> list[Any]:
-        """Embed one query or a list of them: float32 arrays; a bad query is a BadInputError."""
-        made = self._embed(self.sanitize_input(query), Side.QUERY)
-        for position, reason in made.errors.items():
-            raise BadInputError(f"Query {position} cannot be embedded: {reason}.")
-        return _as_arrays(made)
+            for start, end, made in run_batches(prepared.costs, budget, batch, device, name):
+                gathered.add(start, end, made)
+        out = gathered.result(prepared.errors)
+        return replace(out, vectors=as_tensor(out.vectors, wanted))
 
     def _batch(
         self, prepared: Prepared, start: int, end: int, ndims: int, device: torch.device
-    ) -> torch.Tensor:
-        """Run one batch: (end - start, ndims), float32, normalised if it shall be."""
+    ) -> Any:
+        """Run one batch: float32 vectors, normalised if they shall be; see :meth:`forward`."""
+        torch = require("torch", extra="cpu|cuda13|cuda12")
+        made = self.forward(prepared.payload, prepared.rows[start:end], prepared.side, device)
+        vectors, lengths = made, None
+        if self.multivector:
+            vectors, lengths = self._parts(made, end - start)
+        self._check(vectors, end - start if lengths is None else int(lengths.sum()), ndims)
+        vectors = vectors.float()
+        if self.normalize:
+            vectors = torch.nn.functional.normalize(vectors, dim=1)
+        return vectors if lengths is None else (vectors, lengths)
+
+    def _parts(self, made: Any, items: int) -> tuple[Any, np.ndarray]:
+        """What a multivector forward gave: vectors, and how many each item has."""
+        if isinstance(made, tuple) and len(made) == 2:
+            lengths = np.asarray(made[1])
+            if lengths.shape == (items,) and lengths.dtype.kind in "iu" and (lengths >= 0).all():
+                return made[0], lengths
+        raise EmbeddingError(
+            f"{type(self).__name__} must give the vectors of all items end to end, and an array "
+            f"with the number of vectors of each of the {items} items."
+        )
+
+    def _check(self, vectors: Any, rows: int, ndims: int) -> None:
         name = type(self).__name__
         torch = require("torch", extra="cpu|cuda13|cuda12")
-        vectors = self.forward(prepared.payload, prepared.rows[start:end], prepared.side, device)
         if not isinstance(vectors, torch.Tensor):
             raise EmbeddingError(
                 f"{name} gave a {type(vectors).__name__}; it must be a torch tensor, one row an "
@@ -272,32 +243,23 @@ class DeviceEmbeddingFunction(EmbeddingFunction):
             )
         if vectors.is_complex():
             raise EmbeddingError(f"{name} gave numbers of {vectors.dtype}; they must be real.")
-        if vectors.ndim != 2 or vectors.shape[0] != end - start:
+        if vectors.ndim != 2 or vectors.shape[0] != rows:
+            what = "vectors" if self.multivector else "items"
             raise EmbeddingError(
-                f"{name} gave a tensor {tuple(vectors.shape)} for {end - start} items; it must be "
-                "one row an item."
+                f"{name} gave a tensor {tuple(vectors.shape)} for {rows} {what}; it must be "
+                f"one row {'each' if self.multivector else 'an item'}."
             )
         if vectors.shape[1] != ndims:
             raise EmbeddingError(
                 f"{name} gave vectors of {vectors.shape[1]} numbers, but the column wants "
                 f"{ndims}; use the model that made the column."
             )
-        vectors = vectors.float()
-        if self.normalize:
-            vectors = torch.nn.functional.normalize(vectors, dim=1)
-        return vectors
 
-    def _embed(self, items: list[Any], side: Side) -> Embeddings:
-        device = resolve_device(self.device)
-        return self.finish(self.prepare(items, side), ndims=self.ndims(), device=device)
+    def _wanted_device(self) -> str:
+        return self.device
 
     def _budget(self, device: torch.device) -> Budget:
         cost = self.cpu_budget if device.type == "cpu" else self.device_budget
         fresh = Budget(cost, self.batch_size)
         # kept, since a batch that did not fit once will not fit the next time
         return self._budgets.setdefault(f"{device}/{self.batch_size}", fresh)
-
-
-def _as_arrays(made: Embeddings) -> list[Any]:
-    host = to_host(made.vectors)
-    return [row if valid else None for row, valid in zip(host, made.valid, strict=True)]

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from gpu_lance.embeddings.base import EmbeddingFunction
-from gpu_lance.embeddings.device_base import DeviceEmbeddingFunction
 from gpu_lance.embeddings.locate import Located, read_json
 from gpu_lance.embeddings.model_folder import ModelFolder, ModuleFiles, safetensors_header
+from gpu_lance.embeddings.staged import StagedFunction
 from gpu_lance.errors import FingerprintError
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def of(function: EmbeddingFunction) -> dict[str, str] | None:
 
     It reads configuration and samples of the weights' files; nothing is loaded onto a device.
     """
-    return function.fingerprint() if isinstance(function, DeviceEmbeddingFunction) else None
+    return function.fingerprint() if isinstance(function, StagedFunction) else None
 
 
 def read(metadata: Mapping[Any, Any] | None) -> dict[str, dict[str, str]]:
