@@ -477,7 +477,8 @@ def _column_row(column: dict[str, Any], function: dict[str, Any] | None) -> list
     by = f"{function.get('name')}({model})"
     if "error" in function:
         by += f": {function['error']}"
-    return [*row, function["source_column"], by]
+    template = function.get("template")
+    return [*row, function["source_column"] if template is None else repr(template), by]
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ class Maintained(TableReader):
                     f"Table '{self.name}' has no column {name!r}; it has {', '.join(schema.names)}."
                 )
             for vector, config in self._configs(schema).items():
-                if config.source_column == name and vector not in names:
+                if name in config.columns and vector not in names:
                     raise SchemaError(
                         f"Column {name!r} is the source of {vector!r}; drop that column too."
                     )
@@ -185,7 +185,7 @@ class Maintained(TableReader):
         """The columns that embedding functions read and write, each with the vector column."""
         used: dict[str, str] = {}
         for vector, config in self._configs(self._storage.writable().schema).items():
-            used[config.source_column] = used[vector] = vector
+            used.update(dict.fromkeys((*config.columns, vector), vector))
         return used
 
     def _forget(self, schema: pa.Schema, names: list[str]) -> None:

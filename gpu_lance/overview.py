@@ -122,7 +122,8 @@ def describe(table: Table) -> dict[str, Any]:
     dict
         ``name``, ``path``, ``rows``, ``version``, ``columns`` (``name``, ``type``; of vectors also
         ``dims`` and ``metric``), ``embedding_functions`` (``vector_column``, ``source_column``,
-        ``name``, ``model``, and ``error`` where one cannot be made here).
+        ``name``, ``model``, ``template`` where there is one, and ``error`` where one cannot be
+        made here).
 
     Examples
     --------

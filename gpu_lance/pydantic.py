@@ -311,42 +311,43 @@ class LanceModel(BaseModel):
 
     @classmethod
     def parse_embedding_functions(cls) -> list[EmbeddingFunctionConfig]:
-        """Which embedding function fills which column, from which other one.
+        """Which embedding function fills which column, from which others.
 
-        A function with several sources and as many vectors makes the first vector from the first
-        source, and so on. One with a single source fills all its vectors from it.
+        ``VectorField(source=...)`` and ``VectorField(template=...)`` say what a vector is made
+        from. For one that does not, the function's SourceField() does: a single source is that of
+        all its vectors; of several sources the first makes the first vector, and so on, if there
+        are as many of both and none is named by ``source=``.
 
         Raises
         ------
         SchemaError
-            If it cannot be told which source a vector is made from.
+            If it cannot be told which source a vector is made from, or a column that is named is
+            not there or is made by a function itself.
         """
         from gpu_lance.embeddings import EmbeddingFunctionConfig
 
         sources, vectors = cls._marked("source_column_for"), cls._marked("vector_column_for")
+        configs = []
+        for column, function in vectors:
+            field = cls.safe_get_fields()[column]
+            template = get_extras(field, "vector_template")
+            source = get_extras(field, "vector_source")
+            if template is None and source is None:
+                source = cls._source_of(column, function, sources, vectors)
+            made: dict[str, Any] = {} if source is None else {"source_column": source}
+            config = EmbeddingFunctionConfig(
+                vector_column=column, function=function, template=template, **made
+            )
+            cls._check_named(config, {name for name, _ in vectors})
+            configs.append(config)
         for source, function in sources:
-            if not any(function is other for _, other in vectors):
+            if not any(function is c.function and source in c.columns for c in configs):
                 logger.warning(
-                    "Field %s.%s is a SourceField of a function that fills no field of the model, "
-                    "so nothing is embedded from it.",
+                    "Field %s.%s is a SourceField of a function that makes no vector from it, so "
+                    "nothing is embedded from it.",
                     cls.__name__,
                     source,
                 )
-        configs = []
-        for column, function in vectors:
-            its_sources = [name for name, other in sources if other is function]
-            its_vectors = [name for name, other in vectors if other is function]
-            if len(its_sources) == 1:
-                source = its_sources[0]
-            elif len(its_sources) == len(its_vectors):
-                source = its_sources[its_vectors.index(column)]
-            else:
-                raise SchemaError(cls._unpaired(column, its_sources, its_vectors))
-            configs.append(
-                EmbeddingFunctionConfig(
-                    vector_column=column, source_column=source, function=function
-                )
-            )
         return configs
 
     @classmethod
@@ -355,17 +356,54 @@ class LanceModel(BaseModel):
         return [(name, function) for name, function in found if function is not None]
 
     @classmethod
-    def _unpaired(cls, column: str, sources: list[str], vectors: list[str]) -> str:
-        if not sources:
-            return (
+    def _source_of(
+        cls,
+        column: str,
+        function: Any,
+        sources: list[tuple[str, Any]],
+        vectors: list[tuple[str, Any]],
+    ) -> str:
+        """The source of a VectorField that names none."""
+        fields = cls.safe_get_fields()
+        its_sources = [name for name, other in sources if other is function]
+        its_vectors = [
+            name
+            for name, other in vectors
+            if other is function and get_extras(fields[name], "vector_template") is None
+        ]
+        if len(its_sources) == 1:
+            return its_sources[0]
+        named = any(get_extras(fields[name], "vector_source") is not None for name in its_vectors)
+        if len(its_sources) == len(its_vectors) and not named:
+            return its_sources[its_vectors.index(column)]
+        if not its_sources:
+            raise SchemaError(
                 f"Field {column!r} of {cls.__name__} is a VectorField without a source: give one "
-                "other field the SourceField() of the same function object."
+                "other field the SourceField() of the same function object, or write "
+                "VectorField(source='...')."
             )
-        return (
-            f"One embedding function of {cls.__name__} has the sources {', '.join(sources)} and "
-            f"fills {', '.join(vectors)}, so it cannot be told which is made from which: give it "
-            "one source, or as many as vectors, or use one function object for each pair."
+        raise SchemaError(
+            f"One embedding function of {cls.__name__} has the sources {', '.join(its_sources)} "
+            f"and fills {', '.join(its_vectors)}, so it cannot be told what {column!r} is made "
+            "from: write VectorField(source='...') for each of them."
         )
+
+    @classmethod
+    def _check_named(cls, config: EmbeddingFunctionConfig, vectors: set[str]) -> None:
+        column, names = config.vector_column, cls.field_names()
+        what = f"Field {column!r} of {cls.__name__} is made from "
+        if config.template is not None:
+            what = f"The template {config.template!r} of {cls.__name__}.{column} names "
+        for name in config.columns:
+            if name not in names:
+                raise SchemaError(
+                    f"{what}{name!r}, which is no field of it; it has {', '.join(names)}."
+                )
+            if name in vectors:
+                raise SchemaError(
+                    f"{what}{name!r}, which an embedding function fills; a vector is made from "
+                    "other columns."
+                )
 
 
 def model_to_dict(model: BaseModel) -> dict[str, Any]:

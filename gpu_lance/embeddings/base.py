@@ -15,8 +15,9 @@ from pydantic import BaseModel, Field, PrivateAttr
 from gpu_lance.embeddings.configured import Configured
 from gpu_lance.embeddings.inputs import as_list
 from gpu_lance.embeddings.retries import TIME_BUDGET, retry_with_exponential_backoff
+from gpu_lance.embeddings.template import parse as parse_template
 from gpu_lance.embeddings.vector_field import FilledLater
-from gpu_lance.errors import SchemaTypeError
+from gpu_lance.errors import SchemaError, SchemaTypeError
 
 
 class EmbeddingFunction(Configured, ABC):
@@ -83,14 +84,62 @@ class EmbeddingFunction(Configured, ABC):
         """Return a pydantic field that marks the column this function embeds."""
         return self._marked_field("source_column_for", kwargs)
 
-    def VectorField(self, **kwargs: Any) -> Any:
+    def VectorField(
+        self, *, source: str | None = None, template: str | None = None, **kwargs: Any
+    ) -> Any:
         """Return a pydantic field that marks the column this function's vectors go to.
 
         Its default is None, since the vector is made when the row is added.
+
+        Parameters
+        ----------
+        source : str, optional
+            The column that is embedded; needed only where the SourceField() of the function does
+            not tell it.
+        template : str, optional
+            Several columns in one text, such as ``"{title}\\n{body}"``; they need no
+            SourceField(). ``{{`` and ``}}`` are braces.
+        **kwargs
+            Of ``pydantic.Field``.
+
+        Raises
+        ------
+        SchemaError
+            For a template that cannot be read, and for both.
+
+        Examples
+        --------
+        >>> from gpu_lance.pydantic import LanceModel
+        >>> class Length(TextEmbeddingFunction):
+        ...     def generate_embeddings(self, texts):
+        ...         return [[float(len(text))] for text in texts]
+        ...     def ndims(self):
+        ...         return 1
+        >>> f = Length.create()
+        >>> class Doc(LanceModel):
+        ...     title: str
+        ...     body: str
+        ...     vector: list[float] = f.VectorField(template="{title} {body}")
+        >>> Doc.parse_embedding_functions()[0].template
+        '{title} {body}'
         """
+        if source is not None and template is not None:
+            raise SchemaError(
+                f"A VectorField has a source ({source!r}) or a template ({template!r}), not both; "
+                "name the column in the template too."
+            )
+        if source is not None and not isinstance(source, str):
+            raise SchemaError(
+                f"source is the name of a column, got a {type(source).__name__}; for several "
+                "columns use template='{title} {body}'."
+            )
+        if template is not None:
+            parse_template(template)
         if "default_factory" not in kwargs:
             kwargs.setdefault("default", None)
-        field = self._marked_field("vector_column_for", kwargs)
+        made_from = {"vector_source": source, "vector_template": template}
+        more = {key: text for key, text in made_from.items() if text is not None}
+        field = self._marked_field("vector_column_for", kwargs, more)
         field.metadata.append(FilledLater())
         return field
 
@@ -99,14 +148,16 @@ class EmbeddingFunction(Configured, ABC):
             call, max_retries=self.max_retries, time_budget=self.retry_budget
         )
 
-    def _marked_field(self, mark: str, kwargs: dict[str, Any]) -> Any:
+    def _marked_field(
+        self, mark: str, kwargs: dict[str, Any], more: dict[str, str] | None = None
+    ) -> Any:
         extra = kwargs.pop("json_schema_extra", None) or {}
         if not isinstance(extra, dict):
             raise SchemaTypeError(
                 f"json_schema_extra must be a dict beside an embedding function, got a "
                 f"{type(extra).__name__}."
             )
-        marked: Any = {**extra, mark: self}
+        marked: Any = {**extra, mark: self, **(more or {})}
         return Field(json_schema_extra=marked, **kwargs)
 
 
@@ -138,16 +189,68 @@ class TextEmbeddingFunction(EmbeddingFunction):
 
 
 class EmbeddingFunctionConfig(BaseModel):
-    """Which function embeds which column of a table.
+    """Which function embeds which column of a table, or several columns as one text.
 
     Parameters
     ----------
-    vector_column, source_column : str
-        Where the vectors go, and what they are made from.
+    vector_column : str
+        Where the vectors go.
+    source_column : str
+        What they are made from. With a template its first column, which may be left out.
     function : EmbeddingFunction
         What makes them.
+    template : str, optional
+        The text to embed, with columns in braces; see :meth:`EmbeddingFunction.VectorField`.
+
+    Raises
+    ------
+    SchemaError
+        For a template that cannot be read, that names the vector column, or whose first column is
+        not `source_column`.
+
+    Examples
+    --------
+    >>> class Length(TextEmbeddingFunction):
+    ...     def generate_embeddings(self, texts):
+    ...         return [[float(len(text))] for text in texts]
+    ...     def ndims(self):
+    ...         return 1
+    >>> config = EmbeddingFunctionConfig(
+    ...     vector_column="vector", function=Length(), template="{title}: {body}"
+    ... )
+    >>> config.source_column, config.columns
+    ('title', ('title', 'body'))
     """
 
     vector_column: str
     source_column: str
     function: EmbeddingFunction
+    template: str | None = None
+
+    def __init__(self, **values: Any) -> None:
+        # not a validator, whose SchemaError pydantic would hide in a ValidationError
+        if values.get("template") is not None:
+            first = _first_column(values["template"], values.get("vector_column"))
+            if values.setdefault("source_column", first) != first:
+                raise SchemaError(
+                    f"source_column is {values['source_column']!r}, and the first column of the "
+                    f"template {values['template']!r} is {first!r}; leave source_column out."
+                )
+        super().__init__(**values)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the vectors are made from."""
+        if self.template is None:
+            return (self.source_column,)
+        return parse_template(self.template).columns
+
+
+def _first_column(template: Any, vector_column: Any) -> str:
+    columns = parse_template(template).columns
+    if vector_column in columns:
+        raise SchemaError(
+            f"The template {template!r} of column {vector_column!r} names that column itself; a "
+            "vector is made from others."
+        )
+    return columns[0]

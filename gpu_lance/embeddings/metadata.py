@@ -1,7 +1,8 @@
 """The form in which a table's schema metadata names its embedding functions.
 
 It is LanceDB's: under the key ``embedding_functions`` the JSON of a list of objects with ``name``,
-``model`` (the arguments of ``create``), ``source_column`` and ``vector_column``.
+``model`` (the arguments of ``create``), ``source_column`` and ``vector_column``. A ``template`` of
+several columns is a key of ours beside them, and ``source_column`` is then its first column.
 """
 
 from __future__ import annotations
@@ -45,11 +46,7 @@ def read(
                 "counts.",
                 column,
             )
-        configs[column] = EmbeddingFunctionConfig(
-            vector_column=column,
-            source_column=entry["source_column"],
-            function=_revive(entry, get),
-        )
+        configs[column] = _config(entry, get)
     return configs
 
 
@@ -58,6 +55,8 @@ def entry_of(
 ) -> dict[str, Any]:
     """Return what a table stores of one function; `name_of` gives the name of a class."""
     columns = {"source_column": conf.source_column, "vector_column": conf.vector_column}
+    if conf.template is not None:
+        columns["template"] = conf.template
     if isinstance(conf.function, UnavailableFunction):
         return {**conf.function.entry, **columns}
     name = name_of(type(conf.function))
@@ -94,6 +93,25 @@ def _entries(stored: Any) -> list[dict[str, Any]]:
             "'name', 'model', 'source_column' and 'vector_column'."
         )
     return entries
+
+
+def _config(
+    entry: dict[str, Any], get: Callable[[str], type[EmbeddingFunction]]
+) -> EmbeddingFunctionConfig:
+    column, source = entry["vector_column"], entry["source_column"]
+    function = _revive(entry, get)
+    try:
+        return EmbeddingFunctionConfig(
+            vector_column=column,
+            source_column=source,
+            function=function,
+            template=entry.get("template"),
+        )
+    except SchemaError as error:
+        # what a table says of itself must not keep it from being opened
+        logger.warning("The embedding function of column %r cannot be used: %s", column, error)
+        broken = UnavailableFunction.from_entry(entry, error)
+        return EmbeddingFunctionConfig(vector_column=column, source_column=source, function=broken)
 
 
 def _revive(
