@@ -119,7 +119,9 @@ class PackedEncoder:
         self._varlen = _varlen(self.device, self.dtype, self.words.shape[1] // self.heads)
         self._torch = torch
 
-    def __call__(self, tokens: Tokens, runs: list[Run]) -> torch.Tensor:
+    def __call__(
+        self, tokens: Tokens, runs: list[Run], attended: np.ndarray | None = None
+    ) -> torch.Tensor:
         """Return the last hidden state of every token.
 
         Parameters
@@ -128,6 +130,9 @@ class PackedEncoder:
             Of n texts, t tokens in all; texts of equal length side by side.
         runs : list of Run
             ``runs_of(tokens.lengths)``.
+        attended : numpy.ndarray, optional
+            (n,), to how many of its tokens, from the first, each text attends, at least one; None
+            for all.
 
         Returns
         -------
@@ -144,7 +149,7 @@ class PackedEncoder:
             )
         ids = self._to_device(tokens.ids)
         positions = self._to_device(self._positions_of(tokens))
-        attend = self._attention(tokens, runs)
+        attend = self._attention(tokens, runs, attended)
         functional = torch.nn.functional
         hidden = self.norm(
             functional.embedding(ids, self.words) + functional.embedding(positions, self.positions)
@@ -173,32 +178,63 @@ class PackedEncoder:
         before = np.concatenate(([0], counted))[starts]
         return np.where(padding, self.pad_id, counted - before + self.pad_id).astype(np.int32)
 
-    def _attention(self, tokens: Tokens, runs: list[Run]) -> Callable[[Any], Any]:
+    def _attention(
+        self, tokens: Tokens, runs: list[Run], attended: np.ndarray | None
+    ) -> Callable[[Any], Any]:
         """Return what maps (t, 3h) queries, keys and values to (t, h)."""
         torch = self._torch
         heads, attend = self.heads, self._varlen
         if attend is not None:
-            edges = self._to_device(tokens.offsets.astype(np.int32))
-            longest = max(run.length for run in runs)
+            edges = key_edges = self._to_device(tokens.offsets.astype(np.int32))
+            longest = longest_key = max(run.length for run in runs)
+            chosen: Any = slice(None)
+            if attended is not None:
+                # keys and values of the attended tokens alone, end to end
+                places = np.arange(len(tokens.ids)) - np.repeat(tokens.offsets[:-1], tokens.lengths)
+                chosen = self._to_device(
+                    np.flatnonzero(places < np.repeat(attended, tokens.lengths))
+                )
+                ends = np.concatenate(([0], np.cumsum(attended)))
+                key_edges = self._to_device(ends.astype(np.int32))
+                longest_key = int(attended.max())
 
             def packed(qkv: Any) -> Any:
                 query, key, value = qkv.view(qkv.shape[0], 3, heads, -1).unbind(1)
-                mixed = attend(query, key, value, edges, edges, longest, longest)
+                key, value = key[chosen], value[chosen]
+                mixed = attend(query, key, value, edges, key_edges, longest, longest_key)
                 return mixed.reshape(qkv.shape[0], -1)
 
             return packed
 
+        masks = self._masks(runs, attended)
+
         def by_run(qkv: Any) -> Any:
             mixed = qkv.new_empty((qkv.shape[0], qkv.shape[1] // 3))
-            for run in runs:
+            for run, mask in zip(runs, masks, strict=True):
                 part = qkv[run.start : run.stop].view(run.count, run.length, 3, heads, -1)
                 query, key, value = part.permute(2, 0, 3, 1, 4)  # each (count, heads, length, d)
-                state = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+                state = torch.nn.functional.scaled_dot_product_attention(
+                    query, key, value, attn_mask=mask
+                )
                 target = mixed[run.start : run.stop].view(run.count, run.length, heads, -1)
                 target.copy_(state.transpose(1, 2))
             return mixed
 
         return by_run
+
+    def _masks(self, runs: list[Run], attended: np.ndarray | None) -> list[Any]:
+        """For each run which keys its texts attend to, (count, 1, 1, length), or None for all."""
+        masks: list[Any] = []
+        first = 0
+        for run in runs:
+            counts = None if attended is None else attended[first : first + run.count]
+            first += run.count
+            if counts is None or (counts == run.length).all():
+                masks.append(None)
+            else:
+                seen = np.arange(run.length) < counts[:, None]
+                masks.append(self._to_device(seen[:, None, None, :]))
+        return masks
 
 
 def can_pack(config: Any) -> bool:

@@ -145,7 +145,7 @@ def load_text_model(
         If its files are damaged.
     """
     if not trust_remote_code:
-        _check_activations(model)
+        check_activations(model)
     if tokenizer is not None and model.transformer.get("model_type") in PACKED_TYPES:
         transformers = require("transformers", extra=EXTRA)
         path = str(model.folder / model.modules[0].path)
@@ -153,7 +153,7 @@ def load_text_model(
         with load_errors(str(model.folder)):
             config = transformers.AutoConfig.from_pretrained(path, **options)
             if can_pack(config):
-                with _alone():
+                with alone():
                     weights = transformers.AutoModel.from_pretrained(
                         path, config=config, dtype=dtype, **options
                     )
@@ -170,8 +170,8 @@ def load_library(
     """Load a ``SentenceTransformer`` onto a device."""
     library = require("sentence_transformers", extra=EXTRA)
     if not trust_remote_code:
-        _check_activations(model)
-    with load_errors(str(model.folder)), _alone():
+        check_activations(model)
+    with load_errors(str(model.folder)), alone():
         loaded = library.SentenceTransformer(
             str(model.folder),
             device=str(device),
@@ -220,7 +220,7 @@ def _is_unsafe_pickle(error: BaseException | None) -> bool:
     return False
 
 
-def _check_activations(model: ModelFolder) -> None:
+def check_activations(model: ModelFolder) -> None:
     """Refuse activation functions that are not torch's; the library would take another one."""
     for module in model.modules:
         name = module.config.get("activation_function")
@@ -233,7 +233,7 @@ def _check_activations(model: ModelFolder) -> None:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def alone() -> Iterator[None]:
     """Load a model while no other one is loaded, without transformers' progress bar."""
     torch = require("torch", extra=EXTRA)
     # the first batch loads the model, and weights made under inference_mode could not be trained
