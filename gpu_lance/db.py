@@ -23,10 +23,10 @@ from gpu_lance.errors import (
 from gpu_lance.handover import take_in
 from gpu_lance.index.budget import Budget
 from gpu_lance.index.resident import ResidentIndexes
-from gpu_lance.ingest.embed import Policy, vector_columns
 from gpu_lance.ingest.pipeline import Pipeline
 from gpu_lance.ingest.progress import progress_callback
 from gpu_lance.ingest.tables import Planned, plan_table
+from gpu_lance.ingest.vector_column import Policy, vector_columns
 from gpu_lance.storage import Storage, is_remote
 from gpu_lance.table import Table
 from gpu_lance.types import ListTablesResponse, OnBadVectors

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from gpu_lance.ingest.lists import vector_length
 from gpu_lance.storage import operation_of
 
 if TYPE_CHECKING:
@@ -32,9 +33,15 @@ def take_in(
         part = kept.take(name, len(row_ids))
         if part is None:
             continue
-        vectors, valid = part
-        index = indexes.of(name, schema.field(name).type.list_size)
-        index.append(dataset.version - 1, dataset, vectors, row_ids, valid)
+        kind = schema.field(name).type
+        ndims, before = vector_length(kind), dataset.version - 1
+        assert ndims is not None
+        if part.offsets is None:
+            index = indexes.of(name, ndims)
+            index.append(before, dataset, part.vectors, row_ids, part.valid)
+        else:
+            many = indexes.of_multi(name, ndims)
+            many.append(before, dataset, part.vectors, part.offsets, row_ids, part.valid)
 
 
 def new_row_ids(dataset: lance.LanceDataset) -> Any:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from gpu_lance.errors import BadInputError, SchemaError
-from gpu_lance.ingest.embed import Policy
 from gpu_lance.ingest.read import Source, read
+from gpu_lance.ingest.vector_column import Policy
 from gpu_lance.query import sql
 from gpu_lance.types import OnBadVectors
 
@@ -116,7 +116,7 @@ class LanceMergeInsertBuilder:
 
 
 def merged_source(
-    data: Any, schema: pa.Schema, on: Sequence[str], sources: dict[str, str]
+    data: Any, schema: pa.Schema, on: Sequence[str], sources: dict[str, tuple[str, ...]]
 ) -> tuple[Source, pa.Schema]:
     """The data of a merge, and the part of the table's schema that it writes.
 
@@ -127,8 +127,14 @@ def merged_source(
         The table's.
     on : sequence of str
         The key columns.
-    sources : dict of str to str
-        The source column of each vector column that can be made.
+    sources : dict of str to tuple of str
+        What each vector column that can be made is made from.
+
+    Raises
+    ------
+    SchemaError
+        If a key or another column is not there, or the data has some of a vector's sources: of a
+        row that is updated the others are the table's.
     """
     source = read(data, schema)
     names = set(source.schema.names)
@@ -142,6 +148,16 @@ def merged_source(
             f"The table has no column {', '.join(map(repr, unknown))}; it has "
             f"{', '.join(schema.names)}."
         )
-    names |= {vector for vector, column in sources.items() if column in names}
+    for vector, columns in sources.items():
+        there = [name for name in columns if name in names]
+        if vector in names or not there:
+            continue
+        if len(there) < len(columns):
+            lacking = [name for name in columns if name not in names]
+            raise SchemaError(
+                f"Column {vector!r} is made from {', '.join(columns)} by a template, and the data "
+                f"of the merge has no {', '.join(lacking)}; give all of them, or the vector too."
+            )
+        names.add(vector)
     fields = [field for field in schema if field.name in names]
     return source, pa.schema(fields, metadata=schema.metadata)

@@ -13,12 +13,12 @@ from gpu_lance.embeddings import EmbeddingFunctionConfig
 from gpu_lance.errors import BadInputError
 from gpu_lance.handover import take_in
 from gpu_lance.index import metadata as index_metadata
-from gpu_lance.ingest.embed import Policy, VectorColumn, vector_columns
 from gpu_lance.ingest.pipeline import Pipeline, Report
 from gpu_lance.ingest.progress import progress_callback
 from gpu_lance.ingest.read import Source, read
 from gpu_lance.ingest.rewrite import rewritten, touched
 from gpu_lance.ingest.tables import Planned, plan_table
+from gpu_lance.ingest.vector_column import Policy, VectorColumn, vector_columns
 from gpu_lance.lance_errors import asking, reading
 from gpu_lance.maintenance import Maintained
 from gpu_lance.merge import LanceMergeInsertBuilder, MergeResult, merged_source
@@ -226,12 +226,12 @@ class Table(Maintained):
     def _merge(self, on: list[str], data: Any, policy: Policy, apply: Any) -> MergeResult:
         base = self._storage.writable()
         functions = self._configs(base.schema)
-        sources = {name: config.source_column for name, config in functions.items()}
+        sources = {name: config.columns for name, config in functions.items()}
         source, schema = merged_source(data, base.schema, on, sources)
         functions = {
             name: config
             for name, config in functions.items()
-            if name in schema.names and config.source_column in schema.names
+            if name in schema.names and set(config.columns) <= set(schema.names)
         }
         run = Pipeline(schema, self._columns(base, schema, functions), policy, self._indexes)
 

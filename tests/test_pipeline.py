@@ -14,10 +14,10 @@ import torch
 
 from gpu_lance.embeddings import EmbeddingFunctionConfig, TextEmbeddingFunction
 from gpu_lance.errors import BadInputError, BadVectorError, EmbeddingError, SchemaError
-from gpu_lance.ingest.embed import Policy, vector_columns
 from gpu_lance.ingest.pipeline import Kept, Pipeline
 from gpu_lance.ingest.read import read
-from gpu_lance.types import OnBadVectors
+from gpu_lance.ingest.vector_column import Policy, vector_columns
+from gpu_lance.types import Embeddings, OnBadVectors
 
 SCHEMA = pa.schema({"id": pa.int64(), "text": pa.utf8(), "vector": pa.list_(pa.float32(), 3)})
 
@@ -254,7 +254,7 @@ def test_vectors_stay_on_the_device_for_the_index_as_they_are_stored() -> None:
     stored = run.write(read(rows(20_000), half), lambda b: pa.Table.from_batches(b, half))
     kept = run.kept.take("vector", 20_000)
     assert kept is not None
-    vectors, valid = kept
+    vectors, valid = kept.vectors, kept.valid
     assert vectors.dtype == torch.float16 and valid.all()
     assert np.array_equal(vectors.numpy(), np.stack(stored["vector"].to_numpy()))
 
@@ -266,8 +266,8 @@ def test_nothing_is_kept_when_a_row_is_not_on_the_device_or_memory_is_short() ->
     )
     assert run.kept.take("vector", 2) is None
     kept = Kept(budget=100)
-    kept.add("v", torch.zeros(2, 4), np.ones(2, bool), 2)
+    kept.add("v", Embeddings(torch.zeros(2, 4), np.ones(2, bool)), 2)
     assert kept.take("v", 3) is None
     kept = Kept(budget=100)
-    kept.add("v", torch.zeros(20, 4), np.ones(20, bool), 20)
+    kept.add("v", Embeddings(torch.zeros(20, 4), np.ones(20, bool)), 20)
     assert kept.take("v", 20) is None

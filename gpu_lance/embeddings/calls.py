@@ -17,7 +17,7 @@ from gpu_lance.embeddings.base import EmbeddingFunction, TextEmbeddingFunction
 from gpu_lance.embeddings.inputs import text_fault
 from gpu_lance.embeddings.returned import as_parts, as_rows
 from gpu_lance.embeddings.staged import StagedFunction, is_derived
-from gpu_lance.errors import EmbeddingError
+from gpu_lance.errors import EmbeddingError, SchemaError
 from gpu_lance.optional import require
 from gpu_lance.types import Embeddings, Side
 
@@ -48,6 +48,35 @@ class ListItems:
     count: int
     side: Side
     errors: dict[int, str] = field(default_factory=dict)
+
+
+def suited(function: EmbeddingFunction, ndims: int, multi: bool) -> EmbeddingFunction:
+    """The function in the form that fills a column of that shape.
+
+    Parameters
+    ----------
+    function : EmbeddingFunction
+        The column's.
+    ndims : int
+        The length of a vector in the column.
+    multi : bool
+        Whether a row may have any number of vectors.
+
+    Raises
+    ------
+    SchemaError
+        If it makes several vectors an item and the column takes one, and there is no form of it
+        that makes one of that length.
+    """
+    if multi or not isinstance(function, StagedFunction) or not function.multivector:
+        return function
+    single = function.single(ndims)
+    if single is None:
+        raise SchemaError(
+            f"{type(function).__name__} makes several vectors of each item, and the column takes "
+            f"one of {ndims} numbers; declare it as MultiVector({function.ndims()})."
+        )
+    return single
 
 
 def prepare(function: EmbeddingFunction, items: Sequence[Any], side: Side | str) -> Any:

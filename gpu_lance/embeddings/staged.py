@@ -66,6 +66,10 @@ class StagedFunction(EmbeddingFunction):
     def finish(self, prepared: Any, *, ndims: int, device: torch.device) -> Embeddings:
         """Make the vectors of what :meth:`prepare` gave, of length `ndims`, on `device`."""
 
+    def single(self, ndims: int) -> EmbeddingFunction | None:
+        """Of a multivector class: what makes one vector of `ndims` numbers an item; else None."""
+        return None
+
     def fingerprint(self) -> dict[str, str] | None:
         """Return what decides the values of the vectors; None if it is not known."""
         return None

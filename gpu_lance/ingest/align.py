@@ -13,6 +13,7 @@ from gpu_lance.ingest.lists import (
     convert,
     flat_values,
     is_list_like,
+    is_multivector_type,
     is_vector_type,
     make_list,
     row_lengths,
@@ -126,6 +127,11 @@ def fit_column(array: pa.Array, field: pa.Field, first_row: int = 0) -> pa.Array
             return _fit_vectors(array, wanted)
         if pa.types.is_null(value_type):  # every list is empty
             return _fit_vectors(array.cast(pa.list_(wanted.value_field)), wanted)
+    if is_multivector_type(wanted) and _is_nested_numbers(array.type):
+        lengths = np.where(valid_rows(array), row_lengths(array), 0)
+        vectors = _fit_vectors(as_list(array.flatten()), wanted.value_type)
+        value_field = wanted.value_field.with_type(vectors.type)
+        return make_list(vectors, lengths, valid_rows(array), value_field)
     try:
         return _cast(array, wanted)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
@@ -221,6 +227,12 @@ def _cast(array: pa.Array, wanted: pa.DataType) -> pa.Array:
 
 def _is_number(kind: pa.DataType) -> bool:
     return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
+
+
+def _is_nested_numbers(kind: pa.DataType) -> bool:
+    if not is_list_like(kind) or not is_list_like(kind.value_type):
+        return False
+    return _is_number(kind.value_type.value_type)
 
 
 def _fit_vectors(array: pa.Array, wanted: pa.FixedSizeListType) -> pa.Array:

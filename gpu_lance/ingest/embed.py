@@ -2,77 +2,26 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from gpu_lance.device import HostCopy, start_host_copy
-from gpu_lance.embeddings import EmbeddingFunction, EmbeddingFunctionConfig, calls
-from gpu_lance.errors import BadInputError, BadVectorError, SchemaError
+from gpu_lance.embeddings import calls
+from gpu_lance.errors import BadInputError, SchemaError
 from gpu_lance.ingest.align import align
 from gpu_lance.ingest.lists import valid_rows
-from gpu_lance.ingest.vectors import (
-    arrow_to_matrix,
-    bad_vectors,
-    handle_bad_vectors,
-    is_vector_type,
-    vectors_to_arrow,
-)
+from gpu_lance.ingest.multivectors import assembled, filling, matrix_of
+from gpu_lance.ingest.vector_column import Policy, VectorColumn
+from gpu_lance.ingest.vectors import arrow_to_matrix, checked_fill, vectors_to_arrow
 from gpu_lance.optional import require
 from gpu_lance.types import Embeddings, OnBadVectors, Side
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class VectorColumn:
-    """A vector column of a table, and what makes its vectors.
-
-    Parameters
-    ----------
-    name : str
-    type : pyarrow.FixedSizeListType
-        Of float16, float32 or float64.
-    function : EmbeddingFunction or None
-        None if the caller gives the vectors.
-    source : str or None
-        The column that the function embeds.
-    zero_is_bad : bool
-        Whether a vector of zeros is bad: the column is searched by cosine.
-    check : callable, optional
-        Called before the function is used; it raises if its vectors would not fit the column's.
-    """
-
-    name: str
-    type: pa.FixedSizeListType
-    function: EmbeddingFunction | None = None
-    source: str | None = None
-    zero_is_bad: bool = False
-    check: Callable[[], None] | None = None
-
-    @property
-    def ndims(self) -> int:
-        """Length of its vectors."""
-        return int(self.type.list_size)
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What becomes of vectors that cannot be used.
-
-    Parameters
-    ----------
-    on_bad : OnBadVectors
-    fill_value : float
-    """
-
-    on_bad: OnBadVectors = OnBadVectors.ERROR
-    fill_value: float = 0.0
 
 
 @dataclass
@@ -116,11 +65,11 @@ def check_sources(names: Sequence[str], columns: Sequence[VectorColumn]) -> None
     SchemaError
     """
     for column in columns:
-        if column.function is None or column.name in names or column.source in names:
+        if column.function is None or column.name in names or set(column.sources) & set(names):
             continue
         raise SchemaError(
-            f"Column {column.name!r} is embedded from {column.source!r}, and the data has neither; "
-            f"it has {', '.join(names) or 'no columns'}."
+            f"Column {column.name!r} is embedded from {column.made_from}, and the data has "
+            f"neither; it has {', '.join(names) or 'no columns'}."
         )
 
 
@@ -156,14 +105,11 @@ def prepare(
         if given.null_count == len(given):
             continue
         if policy.on_bad is OnBadVectors.DROP:
-            bad = bad_vectors(given, column.ndims, zero_is_bad=column.zero_is_bad)
+            bad = column.bad(given)
             if bad.any():
                 batch = batch.filter(pa.array(~bad))
                 missing = {name: rows[~bad] for name, rows in missing.items()}
-        batch = handle_bad_vectors(
-            batch, column.name, column.ndims, policy.on_bad, policy.fill_value,
-            column.zero_is_bad, first_row,
-        )  # fmt: skip
+        batch = column.handled(batch, policy, first_row)
     prepared = Prepared(batch, first_row)
     for column in columns:
         if column.function is None:
@@ -172,14 +118,14 @@ def prepare(
         rows = np.ones(batch.num_rows, bool) if absent else missing.get(column.name)
         if rows is None or not rows.any():
             continue
-        source = batch.column(batch.schema.get_field_index(str(column.source)))
+        source = column.items(batch)
         rows = rows & valid_rows(source)
         if not rows.any():
             continue
         if column.check is not None:
             column.check()
         items = (source if rows.all() else source.filter(pa.array(rows))).to_pylist()
-        prepared.wanted.append((column, rows, calls.prepare(column.function, items, Side.SOURCE)))
+        prepared.wanted.append((column, rows, calls.prepare(column.maker, items, Side.SOURCE)))
     return prepared
 
 
@@ -191,14 +137,15 @@ def embed(prepared: Prepared, device: torch.device) -> Embedded:
     torch = require("torch", extra="cpu|cuda13|cuda12")
     result = Embedded(prepared)
     for column, rows, ready in prepared.wanted:
-        assert column.function is not None
-        made = calls.finish(column.function, ready, ndims=column.ndims, device=device)
+        made = calls.finish(
+            column.maker, ready, ndims=column.ndims, device=device, multi=column.multi
+        )
         kind = {"halffloat": torch.float16, "double": torch.float64}.get(
-            str(column.type.value_type), torch.float32
+            str(column.vector_type.value_type), torch.float32
         )
         if device.type == "mps" and kind is torch.float64:
             kind = torch.float32  # which has no float64; the host widens it
-        made = Embeddings(made.vectors.to(kind), made.valid, made.errors)
+        made = replace(made, vectors=made.vectors.to(kind))
         result.parts.append((column, rows, made, start_host_copy(made.vectors)))
     return result
 
@@ -217,7 +164,7 @@ def complete(embedded: Embedded, schema: pa.Schema, policy: Policy) -> pa.Record
     n = batch.num_rows
     drop = np.zeros(n, bool)
     for column, rows, made, copy in embedded.parts:
-        matrix, valid, fill = _scattered(batch, column, rows, made, copy.wait())
+        fill = np.empty(0, np.int64)
         if made.errors:
             positions = np.flatnonzero(rows)
             bad = {int(positions[i]): reason for i, reason in made.errors.items()}
@@ -225,46 +172,78 @@ def complete(embedded: Embedded, schema: pa.Schema, policy: Policy) -> pa.Record
             if policy.on_bad is OnBadVectors.DROP:
                 drop[list(bad)] = True
             elif policy.on_bad is OnBadVectors.FILL:
-                fill[list(bad)] = True
-        if fill.any():
-            matrix = matrix.copy()  # the memory may be a cache of the function's
-            matrix[fill] = _fill_value(policy, column)
-            valid = valid | fill
-        array = vectors_to_arrow(matrix, valid, column.type)
+                fill = np.array(sorted(bad))
+        put = _documents if column.multi else _vectors
+        array = put(batch, column, rows, made, copy.wait(), fill, policy)
         batch = _with_column(batch, schema, column.name, array)
         if policy.on_bad is OnBadVectors.DROP:
-            drop |= bad_vectors(array, column.ndims, zero_is_bad=column.zero_is_bad)
+            drop |= column.bad(array)
         else:
-            batch = handle_bad_vectors(
-                batch, column.name, column.ndims, policy.on_bad, policy.fill_value,
-                column.zero_is_bad, first_row,
-            )  # fmt: skip
+            batch = column.handled(batch, policy, first_row)
     if drop.any():
         batch = batch.filter(pa.array(~drop))
     return _finished(batch, schema, first_row)
 
 
-def _scattered(
+def _given(batch: pa.RecordBatch, column: VectorColumn) -> pa.Array | None:
+    """What the batch holds of a column beside the rows that were embedded; None if nothing."""
+    index = batch.schema.get_field_index(column.name)
+    if index < 0 or batch.column(index).null_count == batch.num_rows:
+        return None
+    return batch.column(index)
+
+
+def _vectors(
     batch: pa.RecordBatch,
     column: VectorColumn,
     rows: np.ndarray,
     made: Embeddings,
     host: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The column's matrix (n, d), which rows are valid (n,), and no row to fill yet (n,)."""
-    nothing = np.zeros(batch.num_rows, bool)
+    fill: np.ndarray,
+    policy: Policy,
+) -> pa.Array:
+    """A column of one vector a row: given ones, made ones (m, d), and filled rows."""
     if rows.all():
-        return host, made.valid, nothing
-    index = batch.schema.get_field_index(column.name)
-    if index < 0 or batch.column(index).null_count == batch.num_rows:
-        matrix = np.zeros((batch.num_rows, column.ndims), host.dtype)
-        valid = nothing.copy()
+        matrix, valid = host, made.valid
     else:
-        given, valid = arrow_to_matrix(batch.column(index))
-        matrix = np.array(given)
-    matrix[rows] = host
-    valid[rows] = made.valid
-    return matrix, valid, nothing
+        given = _given(batch, column)
+        if given is None:
+            matrix = np.zeros((batch.num_rows, column.ndims), host.dtype)
+            valid = np.zeros(batch.num_rows, bool)
+        else:
+            old, valid = arrow_to_matrix(given)
+            matrix = np.array(old)
+        matrix[rows] = host
+        valid[rows] = made.valid
+    if len(fill):
+        matrix = matrix.copy()  # the memory may be a cache of the function's
+        dtype = np.dtype(column.vector_type.value_type.to_pandas_dtype())
+        matrix[fill] = checked_fill(policy.fill_value, dtype, column.name)
+        valid = valid.copy()
+        valid[fill] = True
+    return vectors_to_arrow(matrix, valid, column.type)
+
+
+def _documents(
+    batch: pa.RecordBatch,
+    column: VectorColumn,
+    rows: np.ndarray,
+    made: Embeddings,
+    host: np.ndarray,
+    fill: np.ndarray,
+    policy: Policy,
+) -> pa.Array:
+    """A column of any number of vectors a row, of the same parts."""
+    assert made.offsets is not None
+    valid = np.flatnonzero(rows)[made.valid]
+    parts = [(valid, host, np.diff(made.offsets)[made.valid])]
+    given = _given(batch, column)
+    if given is not None:
+        there = valid_rows(given) & ~rows
+        parts.append((np.flatnonzero(there), *matrix_of(given.filter(pa.array(there)))))
+    if len(fill):
+        parts.append(filling(fill, column.type, policy.fill_value, column.name))
+    return assembled(batch.num_rows, parts, column.type)
 
 
 def _refuse(bad: dict[int, str], column: VectorColumn, first_row: int, policy: Policy) -> None:
@@ -272,24 +251,10 @@ def _refuse(bad: dict[int, str], column: VectorColumn, first_row: int, policy: P
         return
     row, reason = min(bad.items())
     more = f" ({len(bad)} such rows)" if len(bad) > 1 else ""
+    what = f"column {column.source!r}" if column.template is None else column.made_from
     raise BadInputError(
-        f"Row {first_row + row}, column {column.source!r} cannot be embedded: {reason}{more}. Pass "
+        f"Row {first_row + row}, {what} cannot be embedded: {reason}{more}. Pass "
         "on_bad_vectors='null' to store such rows without a vector, or 'drop' to leave them out."
-    )
-
-
-def _fill_value(policy: Policy, column: VectorColumn) -> Any:
-    dtype = np.dtype(column.type.value_type.to_pandas_dtype())
-    try:
-        with np.errstate(over="ignore"):
-            value = np.asarray(policy.fill_value, np.float64).astype(dtype)
-        if value.ndim == 0 and np.isfinite(value):
-            return value
-    except (TypeError, ValueError):
-        pass
-    raise BadVectorError(
-        f"fill_value is {policy.fill_value!r}; column {column.name!r} needs one finite number that "
-        f"fits {dtype.name}."
     )
 
 
@@ -317,54 +282,3 @@ def _finished(batch: pa.RecordBatch, schema: pa.Schema, first_row: int) -> pa.Re
             )
         arrays.append(array)
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
-
-
-def vector_columns(
-    schema: pa.Schema,
-    functions: Mapping[str, EmbeddingFunctionConfig],
-    cosine: frozenset[str] = frozenset(),
-    check: Callable[[str, EmbeddingFunctionConfig], None] | None = None,
-) -> list[VectorColumn]:
-    """The vector columns of a schema, with the function and source column of each.
-
-    Parameters
-    ----------
-    schema : pyarrow.Schema
-    functions : mapping of str to EmbeddingFunctionConfig
-        By vector column.
-    cosine : frozenset of str
-        Columns in which a vector of zeros is bad.
-    check : callable, optional
-        Called with a column and its function before that is used.
-
-    Raises
-    ------
-    SchemaError
-        If a function's column is missing or no fixed-size list of floats.
-    """
-    for name, config in functions.items():
-        for column in (name, config.source_column):
-            if column not in schema.names:
-                raise SchemaError(
-                    f"An embedding function is set for column {column!r}, which the table does "
-                    f"not have; it has {', '.join(schema.names)}."
-                )
-        if not is_vector_type(schema.field(name).type):
-            raise SchemaError(
-                f"Column {name!r} has type {schema.field(name).type}; an embedding function fills "
-                "a fixed-size list of floats."
-            )
-    found = []
-    for field_ in schema:
-        if not is_vector_type(field_.type):
-            continue
-        name, zero_is_bad = field_.name, field_.name in cosine
-        own = functions.get(name)
-        if own is None:
-            found.append(VectorColumn(name, field_.type, zero_is_bad=zero_is_bad))
-            continue
-        checked = None if check is None else functools.partial(check, name, own)
-        found.append(
-            VectorColumn(name, field_.type, own.function, own.source_column, zero_is_bad, checked)
-        )
-    return found

@@ -43,6 +43,30 @@ def is_vector_type(type_: pa.DataType) -> bool:
     return bool(pa.types.is_fixed_size_list(type_) and pa.types.is_floating(type_.value_type))
 
 
+def is_multivector_type(type_: pa.DataType) -> bool:
+    """Whether a column of this type holds any number of vectors a row: a list of such lists.
+
+    Examples
+    --------
+    >>> is_multivector_type(pa.list_(pa.list_(pa.float16(), 8)))
+    True
+    """
+    return bool(pa.types.is_list(type_) and is_vector_type(type_.value_type))
+
+
+def vector_length(type_: pa.DataType) -> int | None:
+    """The length of the vectors in a column of this type; None if it holds none.
+
+    Examples
+    --------
+    >>> vector_length(pa.list_(pa.list_(pa.float32(), 8))), vector_length(pa.utf8())
+    (8, None)
+    """
+    if is_multivector_type(type_):
+        type_ = type_.value_type
+    return int(type_.list_size) if is_vector_type(type_) else None
+
+
 def valid_rows(array: pa.Array) -> np.ndarray:
     """(n,) bool: True where the row is not null."""
     if array.null_count == 0:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -17,9 +17,7 @@ import pyarrow as pa
 from gpu_lance.ingest.channel import Channel, Stage, Stopped
 from gpu_lance.ingest.embed import (
     Embedded,
-    Policy,
     Prepared,
-    VectorColumn,
     check_sources,
     complete,
     embed,
@@ -27,8 +25,9 @@ from gpu_lance.ingest.embed import (
 )
 from gpu_lance.ingest.lists import valid_rows
 from gpu_lance.ingest.read import MAX_ROWS, Source
+from gpu_lance.ingest.vector_column import Policy, VectorColumn
 from gpu_lance.optional import require
-from gpu_lance.types import OnBadVectors
+from gpu_lance.types import Embeddings, OnBadVectors
 
 if TYPE_CHECKING:
     import torch
@@ -63,26 +62,26 @@ class Kept:
     --------
     >>> import torch
     >>> kept = Kept(budget=1 << 20)
-    >>> kept.add("vector", torch.zeros(2, 3), np.ones(2, bool), rows=2)
-    >>> kept.take("vector", rows=2)[0].shape
+    >>> kept.add("vector", Embeddings(torch.zeros(2, 3), np.ones(2, bool)), rows=2)
+    >>> kept.take("vector", rows=2).vectors.shape
     torch.Size([2, 3])
     """
 
     budget: int
-    _parts: dict[str, list[tuple[torch.Tensor, np.ndarray]]] = field(default_factory=dict)
+    _parts: dict[str, list[Embeddings]] = field(default_factory=dict)
     _rows: dict[str, int] = field(default_factory=dict)
     _bytes: int = 0
     _over: bool = False
 
-    def add(self, name: str, vectors: torch.Tensor, valid: np.ndarray, rows: int) -> None:
+    def add(self, name: str, made: Embeddings, rows: int) -> None:
         """Keep the vectors of one batch of `rows` rows, if they are all of them and fit."""
-        size = vectors.element_size() * vectors.nelement()
+        size = made.vectors.element_size() * made.vectors.nelement()
         # joining the parts takes the same again
-        if self._over or len(vectors) != rows or 2 * (self._bytes + size) > self.budget:
+        if self._over or len(made) != rows or 2 * (self._bytes + size) > self.budget:
             self.let_go()
             return
         self._bytes += size
-        self._parts.setdefault(name, []).append((vectors, valid))
+        self._parts.setdefault(name, []).append(made)
         self._rows[name] = self._rows.get(name, 0) + rows
 
     def let_go(self) -> None:
@@ -90,15 +89,23 @@ class Kept:
         self._over = True
         self._parts.clear()
 
-    def take(self, name: str, rows: int) -> tuple[torch.Tensor, np.ndarray] | None:
-        """All vectors (n, d) and which are valid (n,); None unless they are exactly `rows`."""
+    def take(self, name: str, rows: int) -> Embeddings | None:
+        """The vectors of all rows; None unless those are exactly `rows`."""
         parts = self._parts.pop(name, None)
         if self._over or parts is None or self._rows.get(name) != rows:
             return None
         torch = require("torch", extra="cpu|cuda13|cuda12")
         if len(parts) == 1:
             return parts[0]
-        return torch.cat([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+        offsets = None
+        if parts[0].offsets is not None:
+            lengths = [np.diff(part.offsets) for part in parts if part.offsets is not None]
+            offsets = np.concatenate(([0], np.cumsum(np.concatenate(lengths))))
+        return Embeddings(
+            torch.cat([part.vectors for part in parts]),
+            np.concatenate([part.valid for part in parts]),
+            offsets=offsets,
+        )
 
 
 @dataclass
@@ -261,17 +268,18 @@ class Pipeline:
 
     def _keep(self, embedded: Embedded, batch: pa.RecordBatch) -> None:
         """Keep the batch's vectors on the device where they are what was stored."""
-        made = {column.name: part.vectors for column, _, part, _ in embedded.parts}
+        parts = {column.name: made for column, _, made, _ in embedded.parts}
         dropped = batch.num_rows != embedded.prepared.batch.num_rows
         for column in self._columns:
             if column.function is None:
                 continue
-            vectors = made.get(column.name)
-            if vectors is None or dropped or self._policy.on_bad is OnBadVectors.FILL:
+            made = parts.get(column.name)
+            filled = self._policy.on_bad is OnBadVectors.FILL
+            if made is None or dropped or filled or len(made) != batch.num_rows:
                 self.kept.let_go()
                 return
             valid = valid_rows(batch.column(batch.schema.get_field_index(column.name)))
-            self.kept.add(column.name, vectors, valid, batch.num_rows)
+            self.kept.add(column.name, replace(made, valid=valid, errors={}), batch.num_rows)
 
     def _timed(self, stage: str) -> _Timer:
         return _Timer(self.report.seconds, stage)

@@ -13,10 +13,10 @@ import pyarrow.compute as pc
 
 from gpu_lance.errors import GpuLanceError, QueryError, SchemaError
 from gpu_lance.ingest.align import fit_column
-from gpu_lance.ingest.embed import VectorColumn
 from gpu_lance.ingest.lists import valid_rows
 from gpu_lance.ingest.read import MAX_ROWS
 from gpu_lance.ingest.rows import column_to_arrow
+from gpu_lance.ingest.vector_column import VectorColumn
 from gpu_lance.lance_errors import batches_of, first_line
 from gpu_lance.storage import ChangedRows
 from gpu_lance.types import free_name
@@ -29,7 +29,9 @@ def touched(columns: list[VectorColumn], names: set[str]) -> list[VectorColumn]:
     return [
         column
         for column in columns
-        if column.function is not None and column.source in names and column.name not in names
+        if column.function is not None
+        and names.intersection(column.sources)
+        and column.name not in names
     ]
 
 
@@ -69,7 +71,7 @@ def rewritten(
                 f"The table has no column {name!r} to update; it has {', '.join(schema.names)}."
             )
     columns = {name: values_sql.get(name, quoted(name)) for name in schema.names}
-    sources = {str(column.source) for column in follow}
+    sources = {name for column in follow for name in column.sources}
     before = {
         name: free_name(BEFORE + name, schema.names) for name in sources if name in values_sql
     }
@@ -124,9 +126,11 @@ def _changed(
         arrays.append(array)
     for column in follow:
         at = schema.get_field_index(column.name)
-        new = arrays[schema.get_field_index(str(column.source))]
-        old = batch.column(before.get(str(column.source), str(column.source)))
-        arrays[at] = pc.if_else(pa.array(_same(old, new)), arrays[at], pa.nulls(n, column.type))
+        same = np.ones(n, bool)
+        for source in column.sources:
+            new = arrays[schema.get_field_index(source)]
+            same &= _same(batch.column(before.get(source, source)), new)
+        arrays[at] = pc.if_else(pa.array(same), arrays[at], pa.nulls(n, column.type))
     return pa.RecordBatch.from_arrays(arrays, names=schema.names)
 
 

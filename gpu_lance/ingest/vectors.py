@@ -151,7 +151,7 @@ def handle_bad_vectors(
     matrix = np.zeros((len(array), ndims), dtype=type_.value_type.to_pandas_dtype())
     matrix[good] = flat(array.filter(pa.array(good)).flatten()).reshape(-1, ndims)
     if policy is OnBadVectors.FILL:
-        matrix[bad] = _checked_fill(fill_value, matrix.dtype, column)
+        matrix[bad] = checked_fill(fill_value, matrix.dtype, column)
     else:
         if not batch.schema.field(index).nullable:
             raise BadVectorError(
@@ -266,7 +266,8 @@ def _count(flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return np.asarray(before[offsets[1:]] - before[offsets[:-1]])
 
 
-def _checked_fill(fill_value: float, dtype: np.dtype, column: str) -> np.ndarray:
+def checked_fill(fill_value: float, dtype: np.dtype, column: str) -> np.ndarray:
+    """`fill_value` as a number of that dtype; BadVectorError if it is none, or not finite."""
     try:
         with np.errstate(over="ignore"):
             value = np.asarray(fill_value, dtype=np.float64).astype(dtype)
@@ -289,7 +290,8 @@ def _complaint(array: pa.Array, column: str, ndims: int, bad: np.ndarray, first_
     """What is wrong with the first bad rows, and what can be passed to get past them."""
     positions = np.flatnonzero(bad)
     named = [
-        f"row {first_row + int(i)} {_reason(array[int(i)], ndims)}" for i in positions[:NAMED_ROWS]
+        f"row {first_row + int(i)} {reason_for(array[int(i)], ndims)}"
+        for i in positions[:NAMED_ROWS]
     ]
     more = len(positions) - len(named)
     if more:
@@ -300,7 +302,8 @@ def _complaint(array: pa.Array, column: str, ndims: int, bad: np.ndarray, first_
     )
 
 
-def _reason(row: pa.Scalar, ndims: int) -> str:
+def reason_for(row: pa.Scalar, ndims: int) -> str:
+    """In words what is wrong with a bad vector."""
     values = row.values
     if len(values) != ndims:
         return f"has {len(values)} dimensions instead of {ndims}"
