@@ -15,11 +15,13 @@ if TYPE_CHECKING:
         EmbeddingFunctionConfig,
         TextEmbeddingFunction,
     )
+    from gpu_lance.embeddings.colbert import ColbertEmbeddings
     from gpu_lance.embeddings.device_base import DeviceEmbeddingFunction
     from gpu_lance.embeddings.registry import EmbeddingFunctionRegistry, get_registry, register
     from gpu_lance.embeddings.sentence_transformers import SentenceTransformerEmbeddings
 
 _EXPORTS = {
+    "ColbertEmbeddings": "colbert",
     "DeviceEmbeddingFunction": "device_base",
     "EmbeddingFunction": "base",
     "EmbeddingFunctionConfig": "base",
@@ -31,6 +33,7 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "ColbertEmbeddings",
     "DeviceEmbeddingFunction",
     "EmbeddingFunction",
     "EmbeddingFunctionConfig",

@@ -137,7 +137,7 @@ def of_text_model(
     """
     if hide_prompts:
         prompts = {side: _hidden(text) for side, text in prompts.items()}
-    weights, tokenizer = _hashes(model.folder, tuple(model.stamp()))
+    weights, tokenizer = hashes(model)
     return {
         "provider": "sentence-transformers",
         "model": located.model,
@@ -176,6 +176,11 @@ def _plain(key: str, parts: Mapping[str, str]) -> Any:
         return {side: _hidden(str(text)) for side, text in json.loads(parts[key]).items()}
     except (ValueError, AttributeError):
         return parts[key]
+
+
+def hashes(model: ModelFolder) -> tuple[str, str]:
+    """Return the hashes of a model's weights and of its tokenizer."""
+    return _hashes(model.folder, tuple(model.stamp()))
 
 
 @lru_cache(maxsize=64)

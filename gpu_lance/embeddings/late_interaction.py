@@ -1,0 +1,211 @@
+"""Late-interaction models: one vector for every token that counts, made on the device."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gpu_lance.embeddings.encoder import PackedEncoder, can_pack, runs_of
+from gpu_lance.embeddings.late_recipe import TOKEN_LEVEL, Recipe, linear_weight
+from gpu_lance.embeddings.late_tokens import LateTokens
+from gpu_lance.embeddings.model_folder import ModelFolder, ModuleFiles
+from gpu_lance.embeddings.text_models import alone, check_activations, load_errors
+from gpu_lance.errors import EmbeddingError
+from gpu_lance.optional import require
+
+if TYPE_CHECKING:
+    import torch
+
+EXTRA = "cpu|cuda13|cuda12"
+
+
+class LateInteraction(ABC):
+    """A transformer and what follows it, over the tokens of texts.
+
+    Parameters
+    ----------
+    steps : list of callable
+        Each takes and gives (t, d).
+    """
+
+    device: torch.device
+
+    def __init__(self, steps: list[Callable[[Any], Any]]) -> None:
+        self._steps = steps
+
+    def __call__(self, data: LateTokens, rows: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+        """Embed some texts.
+
+        Parameters
+        ----------
+        data : LateTokens
+            Texts; those of equal length must lie side by side in `rows`.
+        rows : numpy.ndarray
+            (b,), int64, which.
+
+        Returns
+        -------
+        torch.Tensor
+            (t, d), the vectors of their tokens that count, end to end, on the device.
+        numpy.ndarray
+            (b,), int64, how many each text has.
+        """
+        part = data.take(rows)
+        vectors = self.states(part)
+        if not part.scored.all():
+            # before the projection, which need not see what does not count
+            vectors = vectors[to_device(np.flatnonzero(part.scored), self.device)]
+        for step in self._steps:
+            vectors = step(vectors)
+        return vectors, part.counts
+
+    @abstractmethod
+    def states(self, part: LateTokens) -> torch.Tensor:
+        """Return the last hidden state of every token, (t, h)."""
+
+
+class PackedLateInteraction(LateInteraction):
+    """A BERT-like transformer over packed tokens: no padding."""
+
+    def __init__(self, weights: Any, steps: list[Callable[[Any], Any]]) -> None:
+        super().__init__(steps)
+        self._encoder = PackedEncoder(weights)
+        self.device = self._encoder.device
+
+    def states(self, part: LateTokens) -> torch.Tensor:
+        """Return the last hidden state of every token, (t, h)."""
+        return self._encoder(part.tokens, runs_of(part.tokens.lengths), part.attended)
+
+
+class PaddedLateInteraction(LateInteraction):
+    """Any transformer, padded and masked only where lengths differ."""
+
+    def __init__(self, weights: Any, padding: int, steps: list[Callable[[Any], Any]]) -> None:
+        super().__init__(steps)
+        self._weights = weights
+        self._padding = padding
+        self.device = weights.device
+
+    def states(self, part: LateTokens) -> torch.Tensor:
+        """Return the last hidden state of every token, (t, h)."""
+        tokens, lengths = part.tokens, part.tokens.lengths
+        longest = int(lengths.max())
+        there = np.arange(longest) < lengths[:, None]
+        ids = np.full(there.shape, self._padding, dtype=np.int64)
+        ids[there] = tokens.ids
+        seen = there if part.attended is None else np.arange(longest) < part.attended[:, None]
+        inputs = {"input_ids": to_device(ids, self.device)}
+        # a mask without a zero costs a synchronisation and forbids fast attention
+        if not seen.all():
+            inputs["attention_mask"] = to_device(seen.astype(np.int64), self.device)
+        states = self._weights(**inputs).last_hidden_state
+        states = states.reshape(-1, states.shape[-1])
+        if there.all():
+            return states
+        return states[to_device(np.flatnonzero(there), self.device)]
+
+
+def load_late_interaction(
+    model: ModelFolder,
+    recipe: Recipe,
+    padding: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> LateInteraction:
+    """Load a model's weights onto a device.
+
+    Parameters
+    ----------
+    model : ModelFolder
+        Where it is.
+    recipe : Recipe
+        What it says.
+    padding : int
+        The id of its padding token.
+    device : torch.device
+        Where to.
+    dtype : torch.dtype
+        Precision of the weights.
+    trust_remote_code : bool
+        Whether code in the folder may run.
+
+    Raises
+    ------
+    UntrustedModelError
+        If a file holds more than tensors.
+    EmbeddingError
+        If a weight is missing or damaged: none is ever left at a random value.
+    """
+    transformers = require("transformers", extra=EXTRA)
+    if not trust_remote_code:
+        check_activations(model)
+    path = model.folder / (model.modules[0].path if model.has_module_list else "")
+    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    with load_errors(str(model.folder)), alone(), _no_report():
+        config = transformers.AutoConfig.from_pretrained(str(path), **options)
+        weights, found = transformers.AutoModel.from_pretrained(
+            str(path), config=config, dtype=dtype, output_loading_info=True, **options
+        )
+        # the pooling layer on top has no part in this
+        lost = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))
+        if lost:
+            raise EmbeddingError(
+                f"The model {str(model.folder)!r} lacks {len(lost)} of its weights, such as "
+                f"{lost[0]!r}; get it again."
+            )
+        weights.to(device).eval().requires_grad_(False)
+        steps = [_step(model, step, device, dtype, trust_remote_code) for step in recipe.steps]
+        if can_pack(config) and type(weights).__module__.startswith("transformers."):
+            return PackedLateInteraction(weights, steps)
+        return PaddedLateInteraction(weights, padding, steps)
+
+
+def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Return an array as a tensor on the device, without waiting for the copy."""
+    torch = require("torch", extra=EXTRA)
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Load without transformers' list of the weights that it has no use for: ours is checked."""
+    logging = require("transformers.utils.logging", extra=EXTRA)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _step(
+    model: ModelFolder,
+    step: ModuleFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> Callable[[Any], Any]:
+    functional = require("torch", extra=EXTRA).nn.functional
+    if step.kind == "Normalize":
+        return lambda vectors: functional.normalize(vectors.float(), dim=-1)
+    if step.kind == "Linear":
+        weight = linear_weight(model.folder).to(device=device, dtype=dtype)
+        return lambda vectors: functional.linear(vectors.to(dtype), weight)
+    library = require("sentence_transformers.base.modules", extra=EXTRA)
+    loaded = library.Dense.load(
+        str(model.folder),
+        subfolder=step.path,
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,
+        init_defaults={"module_input_name": TOKEN_LEVEL},
+    )
+    dense = loaded.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return lambda vectors: dense({TOKEN_LEVEL: vectors.to(dtype)})[TOKEN_LEVEL]
