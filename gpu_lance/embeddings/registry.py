@@ -27,6 +27,7 @@ ENTRY_POINT_GROUP = "gpu_lance.embeddings"
 # The same names and targets as this package's entry points in pyproject.toml, so that a checkout
 # that was never installed knows them too.
 BUILT_IN: dict[str, str] = {
+    "colbert": "gpu_lance.embeddings.colbert:ColbertEmbeddings",
     "sentence-transformers": (
         "gpu_lance.embeddings.sentence_transformers:SentenceTransformerEmbeddings"
     ),
@@ -37,7 +38,6 @@ NOT_YET = frozenset(
     {
         "bedrock-text",
         "cohere",
-        "colbert",
         "colpali",
         "gemini-text",
         "gte-text",
