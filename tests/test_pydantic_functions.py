@@ -112,6 +112,75 @@ def test_wirings() -> None:
         wired(x="s", y="s", z="s", a="v", b="v")
 
 
+def test_a_vector_field_names_its_source() -> None:
+    f, g = Count.create(), Count.create(letters="abc")
+
+    def wired(**fields: Any) -> list[tuple[str, str]]:
+        made = {
+            name: (str, f.SourceField()) if kind == "s"
+            else (str, ...) if kind == "o"
+            else (list[float], f.VectorField(**kind))
+            for name, kind in fields.items()
+        }  # fmt: skip
+        model = create_model("Doc", __base__=LanceModel, **made)
+        return [(c.source_column, c.vector_column) for c in model.parse_embedding_functions()]
+
+    x, y = {"source": "x"}, {"source": "y"}
+    assert wired(x="s", y="s", v=y) == [("y", "v")]
+    assert wired(x="s", y="s", a=y, b=x, c=y) == [("y", "a"), ("x", "b"), ("y", "c")]
+    assert wired(x="o", y="o", a=y, b=x) == [("y", "a"), ("x", "b")]
+    assert wired(x="s", y="o", a=y, b={}) == [("y", "a"), ("x", "b")]
+    assert wired(x="s", y="s", a={}, b={}, c={"template": "{x}{y}"}) == [
+        ("x", "a"), ("y", "b"), ("x", "c"),
+    ]  # fmt: skip
+    with pytest.raises(SchemaError, match=r"cannot be told what 'b' is made from.*source='\.\.\.'"):
+        wired(x="s", y="s", a=y, b={})
+    with pytest.raises(SchemaError, match="made from 'z', which is no field of it; it has x, v"):
+        wired(x="s", v={"source": "z"})
+    for source in ("v", "w"):
+        with pytest.raises(SchemaError, match=f"made from '{source}', which an embedding function"):
+            wired(x="s", v={"source": source}, w={})
+    with pytest.raises(SchemaError, match="a source .*'x'.* or a template .* not both"):
+        f.VectorField(source="x", template="{x}")
+    with pytest.raises(SchemaError, match="source is the name of a column, got a list"):
+        f.VectorField(source=["x", "y"])
+
+    class Doc(LanceModel):
+        text: str = f.SourceField()
+        other: list[float] = g.VectorField(source="text")
+        vector: list[float] = f.VectorField()
+
+    assert [c.source_column for c in Doc.parse_embedding_functions()] == ["text", "text"]
+
+
+def test_two_sources_and_two_vectors_of_one_function(tmp_path: Path) -> None:
+    f = Count.create()
+
+    class Doc(LanceModel):
+        id: int
+        x: str | None = f.SourceField(default=None)
+        y: str | None = f.SourceField(default=None)
+        vx: Vector(2) = f.VectorField()
+        vy: Vector(2) = f.VectorField()
+
+    table = gpu_lance.connect(tmp_path, device="cpu").create_table("t", schema=Doc)
+    table.add([{"id": 1, "x": "a", "y": "b"}, {"id": 2, "x": "bb", "y": None}])
+    again = gpu_lance.connect(tmp_path, device="cpu").open_table("t")
+    again.update(where="id = 1", values={"y": "aab"})
+    again.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(
+        [{"id": 2, "y": "b"}, {"id": 3, "y": "a"}]
+    )
+    again.add([{"id": 4, "x": "ab", "y": "abb", "vy": [5.0, 5.0]}])
+    rows = {r["id"]: (r["vx"], r["vy"]) for r in again.to_arrow().to_pylist()}
+    assert rows == {
+        1: ([1.0, 0.0], [2.0, 1.0]), 2: ([0.0, 2.0], [0.0, 1.0]),
+        3: (None, [1.0, 0.0]), 4: ([1.0, 1.0], [5.0, 5.0]),
+    }  # fmt: skip
+    for column, wanted in (("vx", 1), ("vy", 3)):
+        found = again.search("a", vector_column_name=column).limit(1).to_list()
+        assert found[0]["id"] == wanted
+
+
 def test_a_source_without_a_vector_is_only_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     f = Count.create()
 

@@ -7,7 +7,7 @@ pydantic fields for its arguments, and needs nothing else.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, Field, PrivateAttr
@@ -34,8 +34,9 @@ class EmbeddingFunction(Configured, ABC):
     Notes
     -----
     Besides `session_arguments` and `unsafe_arguments` (see :class:`Configured`) a subclass may
-    override the class attribute `retry_budget`: the most seconds that one call and its retries
-    may take.
+    override the class attributes `retry_budget`: the most seconds that one call and its retries
+    may take; and `cache_queries`: whether vectors of the last text queries are remembered, which
+    counts for the class that sets it and not for its subclasses.
 
     Examples
     --------
@@ -51,6 +52,7 @@ class EmbeddingFunction(Configured, ABC):
     """
 
     retry_budget: ClassVar[float] = TIME_BUDGET
+    cache_queries: ClassVar[bool] = False
 
     max_retries: int = 7
 
@@ -79,6 +81,13 @@ class EmbeddingFunction(Configured, ABC):
     def sanitize_input(self, texts: Any) -> list[Any]:
         """Return one item or any column of items as a list."""
         return as_list(texts)
+
+    def query_state(self) -> Hashable:
+        """Return what decides the vector of a query besides the arguments, such as a file's time.
+
+        With `cache_queries` a remembered vector counts only while this stays equal.
+        """
+        return None
 
     def SourceField(self, **kwargs: Any) -> Any:
         """Return a pydantic field that marks the column this function embeds."""

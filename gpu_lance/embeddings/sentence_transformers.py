@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -54,6 +54,8 @@ class SentenceTransformerEmbeddings(TextModelFunction):
     >>> function.generate_embeddings(["a text"])[0].shape
     (384,)
     """
+
+    cache_queries: ClassVar[bool] = True
 
     name: str = "all-MiniLM-L6-v2"
     truncate_dim: int | None = Field(default=None, ge=1)

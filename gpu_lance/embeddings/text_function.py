@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -86,6 +87,10 @@ class TextModelFunction(  # type: ignore[misc]  # the names of arguments differ
     def generate_embeddings(self, texts: Any, *args: Any, **kwargs: Any) -> list[Any]:
         """Embed texts as sources: float32 arrays."""
         return self.compute_source_embeddings(texts)
+
+    def query_state(self) -> Hashable:
+        """Return where the model's files are, and their sizes and times."""
+        return str(self._locate().folder), tuple(self._model_folder().stamp())
 
     def prepare_items(self, items: list[Any], side: Side) -> Payload:
         """Tokenise, or keep the texts where there is no tokenizer to do it."""

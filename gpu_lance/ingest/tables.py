@@ -10,12 +10,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from gpu_lance.embeddings import EmbeddingFunctionConfig, fingerprint, get_registry
+from gpu_lance.embeddings import EmbeddingFunctionConfig, calls, fingerprint, get_registry
+from gpu_lance.embeddings.template import parse
 from gpu_lance.embeddings.vector_field import ndims_of
 from gpu_lance.errors import GpuLanceError, SchemaError, UnsupportedDataError
 from gpu_lance.ingest.align import shorten
-from gpu_lance.ingest.lists import is_vector_type
+from gpu_lance.ingest.lists import is_multivector_type, vector_length
 from gpu_lance.ingest.read import Source, read
+from gpu_lance.ingest.template import check as check_template
 
 logger = logging.getLogger(__name__)
 
@@ -161,8 +163,10 @@ def _arrow_schema(schema: Any) -> pa.Schema | None:
 def _with_vector_columns(
     schema: pa.Schema, configs: Mapping[str, EmbeddingFunctionConfig]
 ) -> pa.Schema:
-    """The schema with a fixed-size list for each function's vectors."""
+    """The schema with a column for each function's vectors."""
     for config in configs.values():
+        if config.template is not None:
+            check_template(parse(config.template), schema, config.vector_column)
         if config.source_column not in schema.names:
             raise SchemaError(
                 f"The embedding function of column {config.vector_column!r} reads column "
@@ -176,9 +180,8 @@ def _with_vector_columns(
             )
         index = schema.get_field_index(config.vector_column)
         if index < 0:
-            kind = pa.list_(pa.float32(), ndims_of(config.function))
-            schema = schema.append(pa.field(config.vector_column, kind))
-        elif not is_vector_type(schema.field(index).type):
+            schema = schema.append(pa.field(config.vector_column, _kind(config)))
+        elif vector_length(schema.field(index).type) is None:
             schema = _fixed(schema, index, config)
         else:
             _check_length(schema.field(index), config)
@@ -187,24 +190,41 @@ def _with_vector_columns(
 
 def _check_length(field: pa.Field, config: EmbeddingFunctionConfig) -> None:
     try:
-        given = ndims_of(config.function)
+        ndims = vector_length(field.type)
+        assert ndims is not None
+        suited = calls.suited(config.function, ndims, is_multivector_type(field.type))
+        given = ndims_of(suited)
+    except SchemaError:
+        raise
     except (GpuLanceError, OSError):
         return  # a function that cannot be asked here says so when it is used
-    if given != field.type.list_size:
+    if given != ndims:
         raise SchemaError(
-            f"Column {field.name!r} has {field.type.list_size} dimensions, and the vectors of its "
-            f"embedding function {type(config.function).__name__} have {given}."
+            f"Column {field.name!r} has {ndims} dimensions, and the vectors of its embedding "
+            f"function {type(config.function).__name__} have {given}."
         )
+
+
+def _kind(
+    config: EmbeddingFunctionConfig, value_type: pa.DataType | None = None, multi: bool = False
+) -> pa.DataType:
+    """The type of a column for a function's vectors."""
+    kind = pa.list_(value_type or pa.float32(), ndims_of(config.function))
+    return pa.list_(kind) if multi or getattr(config.function, "multivector", False) else kind
 
 
 def _fixed(schema: pa.Schema, index: int, config: EmbeddingFunctionConfig) -> pa.Schema:
     """Give a column of nulls, or of lists of floats, the length of the function's vectors."""
     field = schema.field(index)
-    listed = pa.types.is_list(field.type) and pa.types.is_floating(field.type.value_type)
-    if not listed and not pa.types.is_null(field.type):
+    values, depth = field.type, 0
+    while pa.types.is_list(values) and depth < 2:
+        values, depth = values.value_type, depth + 1
+    if pa.types.is_null(field.type):
+        kind = _kind(config)
+    elif depth and pa.types.is_floating(values):
+        kind = _kind(config, values, multi=depth == 2)
+    else:
         return schema  # vector_columns() says what is wrong with it
-    value_type = field.type.value_type if listed else pa.float32()
-    kind = pa.list_(value_type, ndims_of(config.function))
     return schema.set(index, pa.field(field.name, kind, field.nullable, field.metadata))
 
 
