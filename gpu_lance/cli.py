@@ -266,11 +266,11 @@ def search(
 
 
 def _columns(table: Any, select: list[str] | None) -> list[str]:
-    from gpu_lance.ingest.lists import is_vector_type
+    from gpu_lance.ingest.lists import vector_length
 
     if select:
         return [name for name in dict.fromkeys(select) if name != "_distance"]
-    return [field.name for field in table.schema if not is_vector_type(field.type)]
+    return [field.name for field in table.schema if vector_length(field.type) is None]
 
 
 def _vector(text: str) -> list[float]:

@@ -152,12 +152,13 @@ def describe(table: Table) -> dict[str, Any]:
 
 
 def _column(table: Table, field: Any) -> dict[str, Any]:
-    from gpu_lance.ingest.lists import is_vector_type
+    from gpu_lance.ingest.lists import vector_length
 
     shown = {"name": field.name, "type": str(field.type)}
-    if not is_vector_type(field.type):
+    ndims = vector_length(field.type)
+    if ndims is None:
         return shown
-    return {**shown, "dims": field.type.list_size, "metric": str(table.default_metric(field.name))}
+    return {**shown, "dims": ndims, "metric": str(table.default_metric(field.name))}
 
 
 def open_database(

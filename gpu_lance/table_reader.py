@@ -9,14 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from gpu_lance.embeddings import EmbeddingFunctionConfig, calls, fingerprint, get_registry
+from gpu_lance.embeddings import (
+    EmbeddingFunctionConfig,
+    calls,
+    fingerprint,
+    get_registry,
+    query_cache,
+)
 from gpu_lance.errors import BadInputError, QueryError, UnknownColumnError
 from gpu_lance.index import metadata as index_metadata
 from gpu_lance.index.resident import ResidentIndexes
+from gpu_lance.ingest.lists import is_multivector_type, vector_length
 from gpu_lance.lance_errors import asking, reading
 from gpu_lance.query import sql
 from gpu_lance.storage import Storage
-from gpu_lance.types import Metric, Side
+from gpu_lance.types import Embeddings, Metric
 
 if TYPE_CHECKING:
     import lance
@@ -24,7 +31,7 @@ if TYPE_CHECKING:
     import polars as pl
     import torch
 
-    from gpu_lance.index import ColumnIndex
+    from gpu_lance.index import ColumnIndex, MultiColumnIndex
     from gpu_lance.query import LanceQueryBuilder
 
 logger = logging.getLogger(__name__)
@@ -133,7 +140,9 @@ class TableReader:
         dataset = self.dataset()
         return dataset.checkout_version(dataset.version)
 
-    def column_index(self, column: str, dataset: lance.LanceDataset | None = None) -> ColumnIndex:
+    def column_index(
+        self, column: str, dataset: lance.LanceDataset | None = None
+    ) -> ColumnIndex | MultiColumnIndex:
         """The index of a vector column; asking loads nothing.
 
         Parameters
@@ -153,9 +162,12 @@ class TableReader:
                 f"Table '{self.name}' has no column {column!r}; it has {', '.join(schema.names)}."
             )
         kind = schema.field(column).type
-        if not pa.types.is_fixed_size_list(kind):
+        ndims = vector_length(kind)
+        if ndims is None:
             raise UnknownColumnError(f"Column {column!r} holds no vectors; its type is {kind}.")
-        return self._indexes.of(column, kind.list_size)
+        if is_multivector_type(kind):
+            return self._indexes.of_multi(column, ndims)
+        return self._indexes.of(column, ndims)
 
     def default_metric(self, column: str, dataset: lance.LanceDataset | None = None) -> Metric:
         """The metric of searches that name none: that of the column's index, else l2."""
@@ -244,8 +256,8 @@ class TableReader:
 
         return search(self, query, vector_column_name, query_type, ordering_field_name, fts_columns)
 
-    def embed_query(self, column: str, items: list[Any]) -> torch.Tensor:
-        """Vectors (m, d) of m items on the device, by the column's embedding function.
+    def embed_query(self, column: str, items: list[Any]) -> Embeddings:
+        """Vectors of items on the device, by the column's embedding function; all are valid.
 
         Raises
         ------
@@ -264,16 +276,19 @@ class TableReader:
                 f"one, or make the table with a function for that column."
             )
         self._check_fingerprint(schema, column, config)
-        ndims = schema.field(column).type.list_size
-        made = calls.embed(
-            config.function, items, Side.QUERY, ndims=ndims, device=self._indexes.device
+        kind = schema.field(column).type
+        ndims, multi = vector_length(kind), is_multivector_type(kind)
+        assert ndims is not None
+        function = calls.suited(config.function, ndims, multi)
+        made = query_cache.embed(
+            function, items, ndims=ndims, device=self._indexes.device, multi=multi
         )
         if not made.valid.all():
             i = int((~made.valid).nonzero()[0][0])
             raise BadInputError(
                 f"Query {i} cannot be embedded: {made.errors.get(i, 'it has no value')}."
             )
-        return made.vectors
+        return made
 
     # --------------------------------------------------------------- helpers
 

@@ -287,7 +287,7 @@ def test_a_function_that_is_not_registered_lets_the_table_open(
 
 
 def test_a_query_is_embedded_on_the_tables_device(table: Table) -> None:
-    vectors = table.embed_query("vector", ["aab", ""])
+    vectors = table.embed_query("vector", ["aab", ""]).vectors
     assert vectors.device == table.device
     assert vectors.tolist() == [[2, 1, 0], [0, 0, 0]]
     with pytest.raises(BadInputError, match="Query 1"):

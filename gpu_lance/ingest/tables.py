@@ -205,12 +205,10 @@ def _check_length(field: pa.Field, config: EmbeddingFunctionConfig) -> None:
         )
 
 
-def _kind(
-    config: EmbeddingFunctionConfig, value_type: pa.DataType | None = None, multi: bool = False
-) -> pa.DataType:
-    """The type of a column for a function's vectors."""
-    kind = pa.list_(value_type or pa.float32(), ndims_of(config.function))
-    return pa.list_(kind) if multi or getattr(config.function, "multivector", False) else kind
+def _kind(config: EmbeddingFunctionConfig) -> pa.DataType:
+    """The type of a new column for a function's vectors."""
+    kind = pa.list_(pa.float32(), ndims_of(config.function))
+    return pa.list_(kind) if getattr(config.function, "multivector", False) else kind
 
 
 def _fixed(schema: pa.Schema, index: int, config: EmbeddingFunctionConfig) -> pa.Schema:
@@ -222,7 +220,9 @@ def _fixed(schema: pa.Schema, index: int, config: EmbeddingFunctionConfig) -> pa
     if pa.types.is_null(field.type):
         kind = _kind(config)
     elif depth and pa.types.is_floating(values):
-        kind = _kind(config, values, multi=depth == 2)
+        kind = pa.list_(values, ndims_of(config.function))
+        calls.suited(config.function, kind.list_size, multi=depth == 2)
+        kind = pa.list_(kind) if depth == 2 else kind
     else:
         return schema  # vector_columns() says what is wrong with it
     return schema.set(index, pa.field(field.name, kind, field.nullable, field.metadata))

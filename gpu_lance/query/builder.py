@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Self
 from gpu_lance.errors import QueryError, QueryTypeError
 from gpu_lance.query import execution, plan, results
 from gpu_lance.query.base import LanceQueryBuilder
-from gpu_lance.query.columns import choose_column
-from gpu_lance.query.inputs import parse_queries
+from gpu_lance.query.columns import choose_column, takes_several
+from gpu_lance.query.inputs import parse_multi_queries, parse_queries
 from gpu_lance.query.messages import refused
 from gpu_lance.query.projection import ROW_ID
 from gpu_lance.query.settings import bound, seconds, whole
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import lance
     import numpy as np
     import pyarrow as pa
-    import torch
 
+    from gpu_lance.query.inputs import QueryVectors
     from gpu_lance.query.source import SearchTarget
 
 QUERY_TYPES = ("auto", "vector", "fts", "hybrid")
@@ -83,11 +83,14 @@ def search(
     if query is None:
         builder = LanceEmptyQueryBuilder(target)
     else:
-        queries = parse_queries(query)
         dataset = target.dataset()
+        several = takes_several(dataset.schema, vector_column_name)
+        queries = parse_multi_queries(query) if several else parse_queries(query)
         column = choose_column(
             dataset.schema, vector_column_name, queries.ndims, target.embedding_functions
         )
+        if not several and takes_several(dataset.schema, column):
+            queries = parse_multi_queries(query)
         metric = target.default_metric(column, dataset)
         spec = VectorSpec(column=column, queries=queries, metric=metric)
         builder = LanceVectorQueryBuilder(target, spec)
@@ -111,7 +114,7 @@ class LanceVectorQueryBuilder(LanceQueryBuilder):
     def __init__(self, target: SearchTarget, spec: VectorSpec) -> None:
         super().__init__(target)
         self._spec = replace(spec, limit=DEFAULT_LIMIT if spec.limit is None else spec.limit)
-        self._embedded: torch.Tensor | None = None
+        self._embedded: QueryVectors | None = None
 
     def limit(self, limit: int | None) -> Self:
         """Set the most rows to return, of each query; 10 unless set.
@@ -241,7 +244,7 @@ class LanceVectorQueryBuilder(LanceQueryBuilder):
         outcome = self._run(timeout)
         return outcome.table, outcome.dataset, outcome.row_ids
 
-    def _queries(self) -> torch.Tensor:
+    def _queries(self) -> QueryVectors:
         if self._embedded is None:
             return execution.embed(self._target, self._spec)
         return self._embedded

@@ -42,7 +42,8 @@ def choose_column(
     Returns
     -------
     str
-        A float vector column whose length is `ndims`, with an embedding function if that is None.
+        A column of float vectors whose length is `ndims`, with an embedding function if that is
+        None.
 
     Raises
     ------
@@ -70,10 +71,10 @@ def choose_column(
             f"Column {column!r} is {kind}, which holds no vectors"
             + (f"; the vector columns are {', '.join(columns)}." if columns else ".")
         )
-    if not (pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type)):
+    if not pa.types.is_floating(_vector_type(kind).value_type):
         raise QueryError(
             f"Column {column!r} is {kind}, which cannot be searched yet: this version searches "
-            "fixed-size lists of floats."
+            "vectors of floats."
         )
     if ndims is None and column not in embedded:
         raise QueryError(
@@ -91,8 +92,8 @@ def choose_column(
 def _only(columns: dict[str, int], ndims: int | None) -> str:
     if not columns:
         raise QueryError(
-            "The table has no vector column (a fixed-size list of floats), so there is nothing to "
-            "search."
+            "The table has no vector column (a fixed-size list of floats, or a list of such "
+            "lists), so there is nothing to search."
         )
     fitting = [name for name, length in columns.items() if ndims in (None, length)]
     if len(columns) == 1:
@@ -109,11 +110,30 @@ def _only(columns: dict[str, int], ndims: int | None) -> str:
     )
 
 
+def takes_several(schema: pa.Schema, named: str | None) -> bool:
+    """Whether the named column, or the only vector column, has any number of vectors a row.
+
+    Examples
+    --------
+    >>> takes_several(pa.schema({"v": pa.list_(pa.list_(pa.float32(), 3))}), None)
+    True
+    """
+    columns = list(vector_columns(schema)) if named is None else [named]
+    return (
+        len(columns) == 1
+        and columns[0] in schema.names
+        and pa.types.is_list(schema.field(columns[0]).type)
+    )
+
+
+def _vector_type(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_list(kind) else kind
+
+
 def _ndims(kind: pa.DataType) -> int | None:
-    if pa.types.is_fixed_size_list(kind):
-        values = kind.value_type
-        vector = pa.types.is_floating(values) or pa.types.is_uint8(values)
-        return int(kind.list_size) if vector else None
-    if pa.types.is_list(kind):
-        return _ndims(kind.value_type)
-    return None
+    kind = _vector_type(kind)
+    if not pa.types.is_fixed_size_list(kind):
+        return None
+    values = kind.value_type
+    vector = pa.types.is_floating(values) or pa.types.is_uint8(values)
+    return int(kind.list_size) if vector else None

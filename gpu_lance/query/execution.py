@@ -9,14 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pyarrow as pa
 from lance.dataset import ColumnOrdering as LanceOrdering
 
 from gpu_lance.errors import EmbeddingError, QueryTimeoutError
-from gpu_lance.query.inputs import check_finite
+from gpu_lance.query.inputs import QueryVectors, check_finite
 from gpu_lance.query.messages import refused
 from gpu_lance.query.projection import (
     DISTANCE,
@@ -30,8 +30,8 @@ from gpu_lance.query.sql import words
 
 if TYPE_CHECKING:
     import lance
-    import torch
 
+    from gpu_lance.index import ColumnIndex, MultiColumnIndex
     from gpu_lance.query.source import SearchTarget
     from gpu_lance.query.spec import QuerySpec, VectorSpec
 
@@ -143,20 +143,20 @@ class Outcome:
         (n,) int64, of the table's rows.
     dataset : lance.LanceDataset
         At the version that was searched.
-    queries : torch.Tensor
-        (m, d) on the device, for another run of the same queries.
+    queries : QueryVectors
+        For another run of the same queries.
     report : Report
     """
 
     table: pa.Table
     row_ids: np.ndarray
     dataset: lance.LanceDataset
-    queries: torch.Tensor
+    queries: QueryVectors
     report: Report
 
 
-def embed(target: SearchTarget, spec: VectorSpec) -> torch.Tensor:
-    """The query vectors (m, d) on the target's device.
+def embed(target: SearchTarget, spec: VectorSpec) -> QueryVectors:
+    """The query vectors on the target's device.
 
     Raises
     ------
@@ -166,22 +166,22 @@ def embed(target: SearchTarget, spec: VectorSpec) -> torch.Tensor:
         If the embedding function gives another number of vectors.
     """
     if spec.queries.items is None:
-        return spec.queries.tensor(target.device)
-    vectors = target.embed_query(spec.column, spec.queries.items)
-    if vectors.ndim != 2 or vectors.shape[0] != len(spec.queries):
+        return QueryVectors(spec.queries.tensor(target.device), spec.queries.offsets)
+    made = target.embed_query(spec.column, spec.queries.items)
+    if len(made) != len(spec.queries):
         raise EmbeddingError(
-            f"The embedding function of {spec.column!r} gave vectors of shape "
-            f"{tuple(vectors.shape)} for {len(spec.queries)} queries."
+            f"The embedding function of {spec.column!r} gave vectors of {len(made)} queries for "
+            f"{len(spec.queries)}."
         )
-    check_finite(vectors)
-    return vectors
+    check_finite(made.vectors)
+    return QueryVectors(made.vectors, made.offsets)
 
 
 def nearest(
     target: SearchTarget,
     dataset: lance.LanceDataset,
     spec: VectorSpec,
-    queries: torch.Tensor,
+    queries: QueryVectors,
     report: Report,
 ) -> Found:
     """The nearest rows of each query, filtered, ordered and paged."""
@@ -189,11 +189,18 @@ def nearest(
     limit = rows if spec.limit is None else spec.limit
     # the clamp keeps a limit of a billion from reserving room for as many
     k = report.k = max(1, min(limit + spec.offset, rows))
-    result = target.column_index(spec.column, dataset).search(
-        dataset, queries, k, spec.metric,
-        where=spec.where if spec.prefilter else None, lower=spec.lower, upper=spec.upper,
-        pad=False,
-    )  # fmt: skip
+    index = target.column_index(spec.column, dataset)
+    where = spec.where if spec.prefilter else None
+    if queries.offsets is None:
+        result = cast("ColumnIndex", index).search(
+            dataset, queries.vectors, k, spec.metric,
+            where=where, lower=spec.lower, upper=spec.upper, pad=False,
+        )  # fmt: skip
+    else:
+        result = cast("MultiColumnIndex", index).search(
+            dataset, queries.vectors, queries.offsets, k, spec.metric,
+            where=where, lower=spec.lower, upper=spec.upper, pad=False,
+        )  # fmt: skip
     report.version = dataset.version
     counts = result.counts
     kept = result.row_ids >= 0
@@ -214,7 +221,7 @@ def nearest(
 
 
 def search(
-    target: SearchTarget, spec: VectorSpec, queries: torch.Tensor | None, deadline: Deadline
+    target: SearchTarget, spec: VectorSpec, queries: QueryVectors | None, deadline: Deadline
 ) -> Outcome:
     """Run a vector search.
 
@@ -222,8 +229,8 @@ def search(
     ----------
     target : SearchTarget
     spec : VectorSpec
-    queries : torch.Tensor or None
-        The vectors of an earlier run of the same queries.
+    queries : QueryVectors or None
+        Of an earlier run of the same queries.
     deadline : Deadline
 
     Returns

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +33,20 @@ class Queries:
     batch : bool
         Whether results name the query that they answer: for a list of items, and for two or more
         vectors, as LanceDB does.
+    offsets : numpy.ndarray, optional
+        (m + 1,) int64, for a multivector column: query i has the vectors, of (t, d), from
+        ``offsets[i]`` to ``offsets[i + 1]``.
     """
 
     vectors: Any = None
     items: list[Any] | None = None
     batch: bool = False
+    offsets: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return len(self.items) if self.items is not None else int(self.vectors.shape[0])
+        if self.items is not None:
+            return len(self.items)
+        return int(self.vectors.shape[0]) if self.offsets is None else len(self.offsets) - 1
 
     @property
     def ndims(self) -> int | None:
@@ -49,7 +55,9 @@ class Queries:
 
     def kind(self) -> str:
         """In words what the queries are, e.g. ``"2 vectors"``."""
-        if self.items is None:
+        if self.offsets is not None:
+            word = "multivector"
+        elif self.items is None:
             word = "vector"
         elif all(isinstance(item, str) for item in self.items):
             word = "text"
@@ -69,6 +77,25 @@ class Queries:
         tensor = as_tensor(self.vectors).to(torch.float32)
         check_finite(tensor)
         return as_tensor(tensor, device)  # which waits for a copy to the host
+
+
+@dataclass(frozen=True)
+class QueryVectors:
+    """The vectors of queries, on the device.
+
+    Parameters
+    ----------
+    vectors : torch.Tensor
+        (m, d), one a query, or (t, d) with offsets.
+    offsets : numpy.ndarray, optional
+        (m + 1,) int64, as of :class:`Queries`.
+    """
+
+    vectors: torch.Tensor
+    offsets: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.vectors) if self.offsets is None else len(self.offsets) - 1
 
 
 def check_finite(vectors: torch.Tensor) -> None:
@@ -134,6 +161,72 @@ def parse_queries(query: Any) -> Queries:
             f"A {type(query).__name__} is no query; pass a vector, a text, or a list of either."
         )
     return _items([query], batch=False)
+
+
+def parse_multi_queries(query: Any) -> Queries:
+    """Tell what a query of a multivector column is.
+
+    Parameters
+    ----------
+    query : object
+        As of :func:`parse_queries`, but that several vectors, as a 2-d array or a list, are one
+        query; several queries are a 3-d array or a list of 2-d ones, which may differ in length.
+
+    Returns
+    -------
+    Queries
+        With offsets, unless it holds items.
+
+    Raises
+    ------
+    QueryError
+        As :func:`parse_queries`, and if a query is empty.
+
+    Examples
+    --------
+    >>> parse_multi_queries([[1, 2], [3, 4]]).offsets.tolist()
+    [0, 2]
+    >>> parse_multi_queries([[[1, 2], [3, 4]], [[5, 6]]]).offsets.tolist()
+    [0, 2, 3]
+    """
+    if isinstance(query, pa.Array | pa.ChunkedArray) and _nested(query):
+        query = query.to_pylist()
+    if not _is_batch(query):
+        one = parse_queries(query)
+        if one.items is not None:
+            return one
+        return replace(one, batch=False, offsets=np.array([0, one.vectors.shape[0]]))
+    parts = [parse_queries(part) for part in query]
+    for position, part in enumerate(parts):
+        if part.items is not None or part.ndims != parts[0].ndims:
+            got = f"has {part.ndims} values a vector" if part.items is None else "is no vector"
+            raise QueryError(
+                f"Query {position} {got}, and query 0 has {parts[0].ndims}; all queries of a batch "
+                "must be lists of vectors of one length."
+            )
+    lengths = [part.vectors.shape[0] for part in parts]
+    if all(isinstance(part.vectors, np.ndarray) for part in parts):
+        vectors: Any = np.concatenate([part.vectors for part in parts])
+    else:
+        torch = require("torch", extra="cpu|cuda13|cuda12")
+        tensors = [as_tensor(part.vectors) for part in parts]
+        vectors = torch.cat([tensor.to(tensors[0].device) for tensor in tensors])
+    offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+    return Queries(vectors=vectors, batch=True, offsets=offsets)
+
+
+def _is_batch(query: Any) -> bool:
+    """Whether it is several lists of vectors."""
+    if getattr(query, "ndim", 0) == 3:
+        return True
+    if not isinstance(query, list | tuple) or not len(query):
+        return False
+    first = query[0]
+    if isinstance(first, list | tuple):
+        return bool(first) and (isinstance(first[0], list | tuple) or _is_vector(first[0]))
+    return getattr(first, "ndim", 0) == 2 and (
+        isinstance(first, np.ndarray) or hasattr(first, "__dlpack__")
+    )
 
 
 def _from_array(array: Any) -> Queries:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import torch
 
     from gpu_lance.embeddings import EmbeddingFunctionConfig
-    from gpu_lance.index import ColumnIndex
-    from gpu_lance.types import Metric
+    from gpu_lance.index import ColumnIndex, MultiColumnIndex
+    from gpu_lance.types import Embeddings, Metric
 
 
 class SearchTarget(Protocol):
@@ -42,11 +42,13 @@ class SearchTarget(Protocol):
     def dataset(self) -> lance.LanceDataset:
         """The dataset at the version to read: the latest, or the one that was checked out."""
 
-    def column_index(self, column: str, dataset: lance.LanceDataset | None = None) -> ColumnIndex:
+    def column_index(
+        self, column: str, dataset: lance.LanceDataset | None = None
+    ) -> ColumnIndex | MultiColumnIndex:
         """The index of a vector column, as `dataset` or the version to read has it."""
 
     def default_metric(self, column: str, dataset: lance.LanceDataset | None = None) -> Metric:
         """The metric of a search that names none."""
 
-    def embed_query(self, column: str, items: list[Any]) -> torch.Tensor:
-        """Vectors (m, d) of m items on the device, by the column's embedding function."""
+    def embed_query(self, column: str, items: list[Any]) -> Embeddings:
+        """Vectors of items on the device, by the column's embedding function; all are valid."""
