@@ -140,11 +140,14 @@ class EmbeddingFunctionRegistry:
             return sorted({*self._functions, *BUILT_IN, *self._installed()})
 
     def reset(self) -> None:
-        """Forget every registered class and variable; the built-in providers remain."""
+        """Forget every registered class, variable and query; the built-in providers remain."""
+        from gpu_lance.embeddings.query_cache import QUERIES
+
         with self._lock:
             self._functions.clear()
             self._entry_points = None
             VARIABLES.clear()
+        QUERIES.clear()
 
     def set_var(self, name: str, value: str) -> None:
         """Set what ``$var:name`` stands for, in memory only; ValueError if `name` has a colon."""
