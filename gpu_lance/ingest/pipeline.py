@@ -37,6 +37,8 @@ T = TypeVar("T")
 AHEAD = 2  # batches that wait between two stages
 PATIENCE = 5.0  # seconds
 KEPT_BYTES = 1 << 30
+# Rows of a batch whose function may give each of them hundreds of vectors.
+MULTIVECTOR_ROWS = 1024
 
 
 class Placed(Protocol):
@@ -165,6 +167,8 @@ class Pipeline:
         self._columns = columns
         self._policy = policy
         made = any(column.function is not None for column in columns)
+        several = any(column.function is not None and column.multi for column in columns)
+        self._rows = MULTIVECTOR_ROWS if several else MAX_ROWS
         self._device = place.device if place is not None and made else None
         self._progress = progress
         self.report = Report()
@@ -185,7 +189,7 @@ class Pipeline:
         """
         if source.num_rows != 0:
             check_sources(source.schema.names, self._columns)
-        if source.num_rows is not None and source.num_rows <= MAX_ROWS:
+        if source.num_rows is not None and source.num_rows <= self._rows:
             batches = [self._stored(self._embed(p)) for p in self._prepared(source)]
             with self._timed("write"):
                 return write(iter(batches))
@@ -244,10 +248,12 @@ class Pipeline:
                 batch = next(batches, None)
             if batch is None:
                 return
-            with self._timed("prepare"):
-                prepared = prepare(batch, self._schema, self._columns, self._policy, first_row)
-            first_row += batch.num_rows
-            yield prepared
+            for start in range(0, batch.num_rows, self._rows):
+                part = batch.slice(start, self._rows)
+                with self._timed("prepare"):
+                    prepared = prepare(part, self._schema, self._columns, self._policy, first_row)
+                first_row += part.num_rows
+                yield prepared
 
     def _embed(self, prepared: Prepared) -> Embedded:
         if self._device is None or not prepared.wanted:
