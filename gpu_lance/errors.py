@@ -31,6 +31,25 @@ class EmbeddingError(GpuLanceError, RuntimeError):
     """An embedding function failed, or returned something other than one vector an item."""
 
 
+class ApiError(EmbeddingError):
+    """An API provider's server refused, failed, or gave an answer that cannot be used.
+
+    `status_code` holds the HTTP status where there was one.
+    """
+
+    def __init__(self, message: str, status_code: int | None = None) -> None:
+        super().__init__(message)
+        self.status_code = status_code
+
+
+class ApiAccessError(ApiError, PermissionError):
+    """The server of an API provider takes no requests with that key (HTTP 401 or 403)."""
+
+
+class ApiConnectionError(ApiError, ConnectionError):
+    """The server of an API provider cannot be reached, or did not answer in time."""
+
+
 class FingerprintError(GpuLanceError, ValueError):
     """The vectors of a column were made by another model than the one in use."""
 

@@ -15,17 +15,21 @@ if TYPE_CHECKING:
         EmbeddingFunctionConfig,
         TextEmbeddingFunction,
     )
+    from gpu_lance.embeddings.cohere import CohereEmbeddingFunction
     from gpu_lance.embeddings.colbert import ColbertEmbeddings
     from gpu_lance.embeddings.device_base import DeviceEmbeddingFunction
+    from gpu_lance.embeddings.openai import OpenAIEmbeddings
     from gpu_lance.embeddings.registry import EmbeddingFunctionRegistry, get_registry, register
     from gpu_lance.embeddings.sentence_transformers import SentenceTransformerEmbeddings
 
 _EXPORTS = {
+    "CohereEmbeddingFunction": "cohere",
     "ColbertEmbeddings": "colbert",
     "DeviceEmbeddingFunction": "device_base",
     "EmbeddingFunction": "base",
     "EmbeddingFunctionConfig": "base",
     "EmbeddingFunctionRegistry": "registry",
+    "OpenAIEmbeddings": "openai",
     "SentenceTransformerEmbeddings": "sentence_transformers",
     "TextEmbeddingFunction": "base",
     "get_registry": "registry",
@@ -33,11 +37,13 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "CohereEmbeddingFunction",
     "ColbertEmbeddings",
     "DeviceEmbeddingFunction",
     "EmbeddingFunction",
     "EmbeddingFunctionConfig",
     "EmbeddingFunctionRegistry",
+    "OpenAIEmbeddings",
     "SentenceTransformerEmbeddings",
     "TextEmbeddingFunction",
     "get_registry",

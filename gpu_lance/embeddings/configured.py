@@ -8,6 +8,7 @@ import functools
 import inspect
 import json
 import logging
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from pydantic import (
@@ -94,6 +95,15 @@ class Configured(BaseModel):
             return instance
         # outside the except block, so that the new error does not drag the old one along
         raise failure
+
+    @classmethod
+    def from_stored(cls, arguments: Mapping[str, Any]) -> Self:
+        """Return an instance from the arguments that a table stores.
+
+        Those of the session and of trust are ignored.
+        """
+        ignored = cls.session_arguments | cls.unsafe_arguments
+        return cls.create(**{key: arg for key, arg in arguments.items() if key not in ignored})
 
     @staticmethod
     def sensitive_keys() -> list[str]:

@@ -125,8 +125,7 @@ def _revive(
                 "its arguments are not known; set it again."
             )
         cls = get(name)  # type: ignore[arg-type]  # anything but a string is unknown to it
-        ignored = cls.session_arguments | cls.unsafe_arguments
-        return cls.create(**{key: arg for key, arg in entry["model"].items() if key not in ignored})
+        return cls.from_stored(entry["model"])
     except Exception as error:
         # a search by vector needs no function, so the table must still open
         if isinstance(error, UnknownProviderError):

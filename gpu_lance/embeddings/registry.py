@@ -27,7 +27,9 @@ ENTRY_POINT_GROUP = "gpu_lance.embeddings"
 # The same names and targets as this package's entry points in pyproject.toml, so that a checkout
 # that was never installed knows them too.
 BUILT_IN: dict[str, str] = {
+    "cohere": "gpu_lance.embeddings.cohere:CohereEmbeddingFunction",
     "colbert": "gpu_lance.embeddings.colbert:ColbertEmbeddings",
+    "openai": "gpu_lance.embeddings.openai:OpenAIEmbeddings",
     "sentence-transformers": (
         "gpu_lance.embeddings.sentence_transformers:SentenceTransformerEmbeddings"
     ),
@@ -37,7 +39,6 @@ BUILT_IN: dict[str, str] = {
 NOT_YET = frozenset(
     {
         "bedrock-text",
-        "cohere",
         "colpali",
         "gemini-text",
         "gte-text",
@@ -47,7 +48,6 @@ NOT_YET = frozenset(
         "jina",
         "ollama",
         "open-clip",
-        "openai",
         "siglip",
         "voyageai",
         "watsonx",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import email.utils
 import functools
 import logging
 import random
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 logger = logging.getLogger(__name__)
@@ -23,19 +25,44 @@ _TRANSIENT_STATUS = frozenset({408, 409, 429})
 # botocore, openai, cohere, google.
 _TRANSIENT_NAMES = frozenset(
     [
-        "APIConnectionError", "APITimeoutError", "ChunkedEncodingError", "ClientConnectionError",
-        "ConnectError", "ConnectTimeout", "ConnectTimeoutError", "ConnectionClosedError",
-        "ConnectionError", "EndpointConnectionError", "IncompleteRead", "InternalServerError",
-        "NetworkError", "PoolTimeout", "ProtocolError", "RateLimitError", "ReadError",
-        "ReadTimeout", "ReadTimeoutError", "RemoteProtocolError", "ResourceExhausted",
-        "ServerDisconnectedError", "ServerTimeoutError", "ServiceUnavailable", "Timeout",
-        "TimeoutException", "TransportError", "WriteError", "WriteTimeout",
+        "APIConnectionError",
+        "APITimeoutError",
+        "ChunkedEncodingError",
+        "ClientConnectionError",
+        "ConnectError",
+        "ConnectTimeout",
+        "ConnectTimeoutError",
+        "ConnectionClosedError",
+        "ConnectionError",
+        "EndpointConnectionError",
+        "IncompleteRead",
+        "InternalServerError",
+        "NetworkError",
+        "PoolTimeout",
+        "ProtocolError",
+        "RateLimitError",
+        "ReadError",
+        "ReadTimeout",
+        "ReadTimeoutError",
+        "RemoteProtocolError",
+        "ResourceExhausted",
+        "ServerDisconnectedError",
+        "ServerTimeoutError",
+        "ServiceUnavailable",
+        "Timeout",
+        "TimeoutException",
+        "TransportError",
+        "WriteError",
+        "WriteTimeout",
     ]
 )
 # Errors that derive from a connection error and yet cannot be cured by waiting.
 _PERMANENT_NAMES = frozenset(
     [
-        "AuthenticationError", "OfflineModeIsEnabled", "SSLCertVerificationError", "SSLError",
+        "AuthenticationError",
+        "OfflineModeIsEnabled",
+        "SSLCertVerificationError",
+        "SSLError",
         "UnsupportedProtocol",
     ]
 )
@@ -50,10 +77,35 @@ _PERMANENT_TYPES = (
     PermissionError,
 )
 
+_waiting = threading.local()
+
 
 def pause(seconds: float) -> None:
     """Wait; the one place where retries do, so that a test can replace it."""
-    time.sleep(seconds)
+    stop: threading.Event | None = getattr(_waiting, "stop", None)
+    if stop is None:
+        time.sleep(seconds)
+    else:
+        stop.wait(seconds)
+
+
+@contextlib.contextmanager
+def interruptible(stop: threading.Event) -> Iterator[None]:
+    """Let `stop` end every :func:`pause` of this thread early, while the block runs.
+
+    Examples
+    --------
+    >>> stop = threading.Event()
+    >>> stop.set()
+    >>> with interruptible(stop):
+    ...     pause(3600)
+    """
+    before = getattr(_waiting, "stop", None)
+    _waiting.stop = stop
+    try:
+        yield
+    finally:
+        _waiting.stop = before
 
 
 def status_of(error: BaseException) -> int | None:

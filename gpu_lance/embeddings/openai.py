@@ -1,0 +1,140 @@
+"""The provider ``openai``: text models of OpenAI, Azure, and every server that speaks like them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from gpu_lance.embeddings.api_answers import BadAnswer, in_order
+from gpu_lance.embeddings.api_connection import Connection, check_server
+from gpu_lance.embeddings.api_failures import Failure, shown
+from gpu_lance.embeddings.api_function import ApiEmbeddingFunction
+from gpu_lance.errors import BadInputError
+from gpu_lance.optional import require
+from gpu_lance.types import Side
+
+
+class OpenAIEmbeddings(ApiEmbeddingFunction):
+    """Text embeddings by OpenAI's API.
+
+    Parameters
+    ----------
+    name : str
+        A model, or with `use_azure` a deployment.
+    dim : int, optional
+        The length of a vector. The models ``text-embedding-3-*`` are asked for it; another server
+        is, if its vectors have another length.
+    base_url : str, optional
+        Of a server that speaks OpenAI's protocol. It may want no key.
+    default_headers : dict of str to str, optional
+        More headers. They may hold secrets, so each is a ``"$var:name"``, or all of them are one.
+    organization : str, optional
+        Sent along.
+    use_azure : bool
+        Whether the server is Azure's; its address and version are read from
+        ``AZURE_OPENAI_ENDPOINT`` and ``OPENAI_API_VERSION``.
+    api_key, max_retries, timeout, batch_size, ...
+        See :class:`ApiEmbeddingFunction`.
+
+    Examples
+    --------
+    >>> OpenAIEmbeddings.create().ndims()
+    1536
+    >>> OpenAIEmbeddings.create(name="text-embedding-3-large", dim=256).ndims()
+    256
+    """
+
+    provider: ClassVar[str] = "openai"
+    models: ClassVar[Mapping[str, int]] = {
+        "text-embedding-ada-002": 1536,
+        "text-embedding-3-small": 1536,
+        "text-embedding-3-large": 3072,
+    }
+    flexible: ClassVar[frozenset[str]] = frozenset(
+        {"text-embedding-3-small", "text-embedding-3-large"}
+    )
+    key_variables: ClassVar[tuple[str, ...]] = ("OPENAI_API_KEY",)
+    server_variable: ClassVar[str] = "OPENAI_BASE_URL"
+    most_texts: ClassVar[int] = 2048
+    most_tokens: ClassVar[int | None] = 300_000
+    most_item_tokens: ClassVar[int | None] = 8191
+
+    name: str = "text-embedding-ada-002"
+    default_headers: dict[str, str] | None = None
+    organization: str | None = None
+    use_azure: bool = False
+
+    @staticmethod
+    def sensitive_keys() -> list[str]:
+        """Return the arguments that hold secrets."""
+        return ["api_key", "default_headers"]
+
+    @staticmethod
+    def model_names() -> list[str]:
+        """Return the models whose length is known."""
+        return list(OpenAIEmbeddings.models)
+
+    def open(self, key: str | None) -> tuple[Any, Any]:
+        """Make the client of this function."""
+        openai = require("openai", extra="openai")
+        arguments: dict[str, Any] = {"max_retries": 0, "timeout": self.timeout}
+        given = {
+            "base_url": self.base_url,
+            "default_headers": self._resolved()["default_headers"],
+            "organization": self.organization,
+            "api_key": key,
+        }
+        arguments.update({name: value for name, value in given.items() if value})
+        if key is None and not self.use_azure:
+            # the client insists on one; the server is one that wants none
+            arguments["api_key"] = "none"
+        make = openai.AzureOpenAI if self.use_azure else openai.OpenAI
+        problem = ""
+        try:
+            client = make(**arguments)
+        except (openai.OpenAIError, ValueError) as error:
+            problem = shown(str(error), self._secrets(key))
+        if problem:
+            raise BadInputError(f"{type(self).__name__} cannot be set up: {problem}.")
+        check_server(str(client.base_url), self.server_variable)
+        return client, client.close
+
+    def ask(
+        self, connection: Connection, texts: list[str], side: Side, length: int | None
+    ) -> bytes:
+        """Send one request."""
+        more = {} if length is None else {"dimensions": length}
+        # as bytes: the client would turn every number into a Python object
+        answer = connection.client.embeddings.with_raw_response.create(
+            input=texts,
+            model=self.name,
+            encoding_format="float" if connection.plain else "base64",
+            timeout=self.timeout,
+            **more,
+        )
+        return bytes(answer.content)
+
+    def rows_of(self, body: Any, count: int) -> Any:
+        """Return the vectors in an answer."""
+        if not isinstance(body, dict) or "data" not in body:
+            raise BadAnswer("no 'data' in it")
+        return in_order(body["data"], count)
+
+    def adapt(self, connection: Connection, failure: Failure) -> bool:
+        """Ask for lists where a server knows no base64."""
+        about_it = "encoding_format" in failure.mentions or "base64" in failure.mentions
+        if connection.plain or not about_it:
+            return False
+        connection.plain = True
+        return True
+
+    def _key(self) -> str | None:
+        if not self.use_azure:
+            return super()._key()
+        # the client reads its own variables and tells which are missing
+        return self._resolved()["api_key"] or os.environ.get("AZURE_OPENAI_API_KEY") or None
+
+    def _secrets(self, key: str | None) -> dict[str, str]:
+        token = os.environ.get("AZURE_OPENAI_AD_TOKEN") if self.use_azure else None
+        return super()._secrets(key) | ({token: "***"} if token else {})
