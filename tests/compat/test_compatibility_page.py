@@ -291,6 +291,49 @@ def two_sources(sides: Sides) -> None:
         stored.append((row["of_a"], row["of_b"]))
     assert stored == [([1.0, 0.0, 0.0], [0.0, 2.0, 0.0]), ([0.0, 2.0, 0.0], [0.0, 2.0, 0.0])]
 
+    class Named(gpu_lance.pydantic.LanceModel):
+        a: str = sides.our_function.SourceField()
+        b: str = sides.our_function.SourceField()
+        vector: gpu_lance.pydantic.Vector(3) = sides.our_function.VectorField(source="b")
+
+    table = gpu_lance.connect(sides.folder / "named").create_table("t", schema=Named)
+    table.add([{"a": "a", "b": "bb"}])
+    assert table.to_arrow()["vector"].to_pylist() == [[0.0, 2.0, 0.0]]
+
+
+def template(sides: Sides) -> None:
+    # LanceDB takes the argument for one of pydantic's own, and does nothing with it
+    ours = inspect.signature(gpu_lance.embeddings.EmbeddingFunction.VectorField)
+    theirs = inspect.signature(lancedb.embeddings.EmbeddingFunction.VectorField)
+    assert "template" in ours.parameters
+    assert "template" not in theirs.parameters
+
+    class Doc(gpu_lance.pydantic.LanceModel):
+        title: str
+        body: str
+        vector: gpu_lance.pydantic.Vector(3) = sides.our_function.VectorField(
+            template="{title}\n{body}"
+        )
+
+    table = gpu_lance.connect(sides.folder / "template").create_table("t", schema=Doc)
+    table.add([{"title": "a", "body": "bb"}])
+    assert table.to_arrow()["vector"].to_pylist() == [[1.0, 2.0, 0.0]]
+    # the first column alone, as the page says of LanceDB's own adds
+    theirs_table = lancedb.connect(sides.folder / "template").open_table("t")
+    theirs_table.add([{"title": "c", "body": "bb"}])
+    assert theirs_table.to_arrow()["vector"].to_pylist()[1] == [0.0, 0.0, 1.0]
+
+
+def same_query(sides: Sides) -> None:
+    type(sides.our_function).cache_queries = True
+
+    def search(table: Any) -> None:
+        for _ in range(3):
+            assert table.search("cc").limit(1).to_list()[0]["id"] == 2
+
+    ours, theirs = sides.counted(search)
+    assert (len(ours.calls), len(theirs.calls)) == (1, 3)
+
 
 def class_as_data(sides: Sides) -> None:
     class Plain(lancedb.pydantic.LanceModel):
@@ -404,6 +447,8 @@ BETTER = {
     "a null source": null_source,
     "an infinite element": infinite,
     "one function with two sources and two vectors": two_sources,
+    "one vector of several columns": template,
+    "the same text searched again": same_query,
     '`create_table("t", MySchema)`': class_as_data,
     "the function's error": failing,
     "three adds": three_adds,
