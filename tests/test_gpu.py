@@ -23,7 +23,6 @@ from gpu_lance.query.inputs import parse_queries
 from gpu_lance.types import Metric, Side
 
 torch = pytest.importorskip("torch")
-faiss = pytest.importorskip("faiss")
 CPU = torch.device("cpu")
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 # of 1 to about 250 tokens, in no order, with a run of equal ones
@@ -133,7 +132,7 @@ def test_an_index_filled_on_one_stream_is_searched_on_another(cuda: Any) -> None
 
 @pytest.mark.gpu
 def test_an_index_gets_the_memory_that_torch_holds_unused(cuda: Any) -> None:
-    if not hasattr(faiss, "GpuIndexFlat"):
+    if not hasattr(pytest.importorskip("faiss"), "GpuIndexFlat"):
         pytest.skip("this FAISS is built for the CPU only")
     torch.cuda.empty_cache()
     rows = torch.randn(1 << 19, 256, device=cuda)  # 512 MiB
