@@ -162,10 +162,7 @@ class PackedEncoder:
         return hidden
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
-        tensor = self._torch.from_numpy(values)
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+        return to_device(values, self.device)
 
     def _positions_of(self, tokens: Tokens) -> np.ndarray:
         starts = np.repeat(tokens.offsets[:-1], tokens.lengths)
@@ -235,6 +232,14 @@ class PackedEncoder:
                 seen = np.arange(run.length) < counts[:, None]
                 masks.append(self._to_device(seen[:, None, None, :]))
         return masks
+
+
+def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copy an array to a device; a GPU's copy does not make the caller wait."""
+    tensor = require("torch", extra=EXTRA).from_numpy(values)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def can_pack(config: Any) -> bool:

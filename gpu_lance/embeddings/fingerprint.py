@@ -110,47 +110,57 @@ again.
 
 
 def of_text_model(
+    provider: str,
     located: Located,
     model: ModelFolder,
     *,
     dims: int,
     normalize: bool,
-    prompts: Mapping[str, str],
-    hide_prompts: bool = False,
+    **more: str,
 ) -> dict[str, str]:
-    """Return the fingerprint of a sentence-transformers model.
+    """Return the fingerprint of a model that runs here.
 
     Parameters
     ----------
+    provider : str
+        The registered name of what runs it.
     located : Located
         Where it was found.
     model : ModelFolder
         Its configuration.
     dims : int
-        The length of a vector, after truncation.
+        The length of a vector.
     normalize : bool
         Whether vectors are scaled to length 1.
-    prompts : mapping of str to str
-        The text before each item, by side.
-    hide_prompts : bool
-        Whether only their hashes may be stored, since they come from a variable.
+    **more
+        What else decides the values of the vectors, such as how token states are pooled.
     """
-    if hide_prompts:
-        prompts = {side: _hidden(text) for side, text in prompts.items()}
     weights, tokenizer = hashes(model)
     return {
-        "provider": "sentence-transformers",
+        "provider": provider,
         "model": located.model,
         "revision": located.revision,
         "weights": weights,
-        "modules": " ".join(_module(module) for module in model.modules),
-        "pooling": " ".join(model.pooling),
         "dims": str(dims),
         "normalize": str(normalize).lower(),
-        "max_seq_length": str(model.max_seq_length or ""),
-        "prompts": json.dumps(dict(prompts), sort_keys=True, ensure_ascii=False),
         "tokenizer": tokenizer,
+        **more,
     }
+
+
+def modules_of(model: ModelFolder) -> str:
+    """Return the modules of a sentence-transformers model, as a part of a fingerprint."""
+    return " ".join(_module(module) for module in model.modules)
+
+
+def prompts_of(prompts: Mapping[str, str], hide: bool = False) -> str:
+    """Return prompts, by side, as a part of a fingerprint.
+
+    With `hide` only their hashes, since they come from a variable; the two compare equal.
+    """
+    if hide:
+        prompts = {side: _hidden(text) for side, text in prompts.items()}
+    return json.dumps(dict(prompts), sort_keys=True, ensure_ascii=False)
 
 
 def _module(module: ModuleFiles) -> str:
@@ -180,16 +190,16 @@ def _plain(key: str, parts: Mapping[str, str]) -> Any:
 
 def hashes(model: ModelFolder) -> tuple[str, str]:
     """Return the hashes of a model's weights and of its tokenizer."""
-    return _hashes(model.folder, tuple(model.stamp()))
+    return _hashes(model.folder, model.plain, tuple(model.stamp()))
 
 
 @lru_cache(maxsize=64)
-def _hashes(folder: Path, stamp: tuple[Any, ...]) -> tuple[str, str]:
+def _hashes(folder: Path, plain: bool, stamp: tuple[Any, ...]) -> tuple[str, str]:
     """Hash weights and tokenizer; remembered while the files keep their sizes and times."""
-    return hash_weights(folder), hash_tokenizer(folder)
+    return hash_weights(folder, plain), hash_tokenizer(folder)
 
 
-def hash_weights(folder: Path) -> str:
+def hash_weights(folder: Path, plain: bool = False) -> str:
     """Hash a model's weights by samples, in a time that does not grow with their size.
 
     SHA-256 over each weights file's name, size, safetensors header, and 64 KiB at 64 evenly spread
@@ -199,6 +209,8 @@ def hash_weights(folder: Path) -> str:
     ----------
     folder : pathlib.Path
         Of the model. Only the safetensors files count if there are any.
+    plain : bool
+        Whether the weights in the folder itself are all, as those of a transformers model.
 
     Returns
     -------
@@ -207,7 +219,7 @@ def hash_weights(folder: Path) -> str:
     """
     files = sorted(
         file
-        for file in folder.rglob("*")
+        for file in (folder.glob("*") if plain else folder.rglob("*"))
         if file.suffix in (".safetensors", ".bin", ".pt")
         and file.is_file()
         and not _OTHER_RUNTIMES & set(file.relative_to(folder).parts)

@@ -49,7 +49,12 @@ class Located:
     place: str
 
 
-def locate(name: str, revision: str | None = None, organization: str | None = None) -> Located:
+def locate(
+    name: str,
+    revision: str | None = None,
+    organization: str | None = None,
+    organization_first: bool = True,
+) -> Located:
     """Find a model's folder; downloads it only if it is in no local place.
 
     Parameters
@@ -61,6 +66,9 @@ def locate(name: str, revision: str | None = None, organization: str | None = No
         which does not say what it carries.
     organization : str, optional
         Whose models may be named without their owner.
+    organization_first : bool
+        Whether a name without an owner means that organization's model, or the one of just that
+        name, if a place has both.
 
     Returns
     -------
@@ -88,7 +96,7 @@ def locate(name: str, revision: str | None = None, organization: str | None = No
     searched = [f"no folder {name!r} here" if folder is None else f"the folder {name!r} {fault}"]
     names = [name]
     if "/" not in name and organization:
-        names.insert(0, f"{organization}/{name}")
+        names.insert(0 if organization_first else 1, f"{organization}/{name}")
     for step in (_in_cache, _in_package, _on_hub):
         for repo in names:
             found = step(repo, revision, searched)

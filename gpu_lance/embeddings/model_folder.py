@@ -24,8 +24,24 @@ _POOLING_FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-_ROBERTA_KIN = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"})
-_ABSOLUTE = _ROBERTA_KIN | {"bert", "distilbert", "electra", "albert"}
+_ROBERTA_KIN = frozenset(
+    {
+        "camembert",
+        "data2vec-text",
+        "ibert",
+        "longformer",
+        "luke",
+        "mpnet",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    }
+)
+_ABSOLUTE = _ROBERTA_KIN | {"bert", "distilbert", "electra", "albert", "gpt2", "openai-gpt"}
+# Models that call the number of their positions so; for T5, whose are relative, it means nothing.
+_N_POSITIONS = frozenset({"codegen", "ctrl", "gpt2", "gpt_bigcode", "gptj", "openai-gpt"})
 POOLING_MODES = frozenset(_POOLING_FLAGS.values())
 _PLAIN_TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 
@@ -48,6 +64,8 @@ class ModelFolder:
     ----------
     folder : pathlib.Path
         With ``modules.json``, or with a plain transformers model.
+    plain : bool
+        Whether it is taken for a plain transformers model in any case.
 
     Notes
     -----
@@ -55,6 +73,7 @@ class ModelFolder:
     """
 
     folder: Path
+    plain: bool = False
 
     @cached_property
     def modules(self) -> list[ModuleFiles]:
@@ -72,7 +91,7 @@ class ModelFolder:
     @cached_property
     def has_module_list(self) -> bool:
         """Whether the folder lists its modules, or is a plain transformers model."""
-        return (self.folder / "modules.json").is_file()
+        return not self.plain and (self.folder / "modules.json").is_file()
 
     @cached_property
     def transformer(self) -> dict[str, Any]:
@@ -81,9 +100,17 @@ class ModelFolder:
         return read_json(self.folder / path / "config.json", dict) or {}
 
     @cached_property
+    def hidden_size(self) -> int | None:
+        """The length of the transformer's states, if its configuration says so."""
+        return _hidden_size(self.transformer)
+
+    @cached_property
     def positions(self) -> int | None:
         """The most tokens for which the transformer has positions, if that is limited."""
-        count = self.transformer.get("max_position_embeddings", -1)
+        name = "max_position_embeddings"
+        if self.transformer.get("model_type") in _N_POSITIONS:
+            name = "n_positions"
+        count = self.transformer.get(name, -1)
         if not isinstance(count, int) or count <= 0:
             return None
         return count - self.first_position
@@ -122,6 +149,15 @@ class ModelFolder:
         return int(value) if value is not None else None
 
     @cached_property
+    def tokenizer_limit(self) -> int | None:
+        """The most tokens of a text that the tokenizer's configuration allows, if it says so."""
+        config = read_json(self.folder / "tokenizer_config.json", dict) or {}
+        value = config.get("model_max_length", config.get("max_len"))
+        if isinstance(value, int | float) and 0 < value < 1 << 31:
+            return int(value)
+        return None
+
+    @cached_property
     def is_packable(self) -> bool:
         """Whether the chain is a text transformer, pooling, then dense layers and normalising."""
         modules = self.modules
@@ -129,12 +165,17 @@ class ModelFolder:
             return False
         if not all(module.ours and _is_plain(module) for module in modules):
             return False
-        if any((self.folder / name).is_file() for name in ("adapter_config.json",)):
+        if self.has_added_weights:
             return False
         if not self.has_module_list and (self.folder / "chat_template.jinja").is_file():
             return False
-        # custom code and quantised weights are the library's business
-        return not {"auto_map", "quantization_config"} & self.transformer.keys()
+        return "auto_map" not in self.transformer  # custom code is the library's business
+
+    @cached_property
+    def has_added_weights(self) -> bool:
+        """Whether its layers are more than their weights: with an adapter, or quantised."""
+        adapter = (self.folder / "adapter_config.json").is_file()
+        return adapter or "quantization_config" in self.transformer
 
     def ndims(self) -> int | None:
         """The length of a vector; None where only the loaded model knows it."""
@@ -162,6 +203,8 @@ class ModelFolder:
     @cached_property
     def _listed(self) -> list[dict[str, Any]] | None:
         """What ``modules.json`` holds, or None without one."""
+        if self.plain:
+            return None
         path = self.folder / "modules.json"
         listed = read_json(path, list)
         if listed is not None and not (listed and all(isinstance(m, dict) for m in listed)):
@@ -249,7 +292,7 @@ _IN_AND_OUT = ("module_input_name", "module_output_name")
 
 
 def _hidden_size(config: dict[str, Any]) -> int | None:
-    for name in ("hidden_size", "dim", "d_model", "n_embd"):
+    for name in ("hidden_size", "dim", "d_model", "n_embd", "emb_dim"):
         if isinstance(config.get(name), int):
             return int(config[name])
     inner = config.get("text_config")

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, cast, ClassVar
 
 from pydantic import Field
 
 from gpu_lance.device import parse_dtype, resolve_device
 from gpu_lance.embeddings import fingerprint as fingerprints
+from gpu_lance.embeddings.backbone import load_errors
 from gpu_lance.embeddings.loading import MODELS
 from gpu_lance.embeddings.text_function import TextModelFunction
-from gpu_lance.embeddings.text_models import (
-    TextModel,
-    load_errors,
-    load_library,
-    load_text_model,
-)
+from gpu_lance.embeddings.text_models import TextModel, load_library, load_text_model
 from gpu_lance.embeddings.tokens import TextTokenizer
 from gpu_lance.embeddings.variables import has_reference
 from gpu_lance.errors import EmbeddingError
@@ -110,14 +106,18 @@ class SentenceTransformerEmbeddings(TextModelFunction):
 
     def fingerprint(self) -> dict[str, str]:
         """Return what decides the values of the vectors, from the files of the model."""
-        written = self._original_args or {}
+        model, written = self._model_folder(), self._original_args or {}
+        prompts = {side.value: self.prompt_of(side) for side in Side}
         return fingerprints.of_text_model(
+            "sentence-transformers",
             self._shown(),
-            self._model_folder(),
+            model,
             dims=self.ndims(),
             normalize=self.normalize,
-            prompts={side.value: self.prompt_of(side) for side in Side},
-            hide_prompts=has_reference(written.get("prompts")),
+            modules=fingerprints.modules_of(model),
+            pooling=" ".join(model.pooling),
+            max_seq_length=str(model.max_seq_length or ""),
+            prompts=fingerprints.prompts_of(prompts, has_reference(written.get("prompts"))),
         )
 
     def forward(
@@ -137,6 +137,7 @@ class SentenceTransformerEmbeddings(TextModelFunction):
 
     def load_model(self, device: torch.device, dtype: torch.dtype) -> TextModel:
         """Load the fastest form of the model."""
+        tokenizer = cast("TextTokenizer | None", self._tokenizer())
         return load_text_model(
-            self._model_folder(), self._tokenizer(), device, dtype, self.trust_remote_code
+            self._model_folder(), tokenizer, device, dtype, self.trust_remote_code
         )

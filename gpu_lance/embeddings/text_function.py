@@ -17,7 +17,7 @@ from gpu_lance.embeddings.loading import MODELS
 from gpu_lance.embeddings.locate import Located, locate
 from gpu_lance.embeddings.model_folder import ModelFolder
 from gpu_lance.embeddings.staged import derived
-from gpu_lance.embeddings.tokens import TextTokenizer
+from gpu_lance.embeddings.tokens import LibraryTokenizer, TextTokenizer
 from gpu_lance.embeddings.variables import has_reference, redact
 from gpu_lance.errors import ModelNotFoundError
 from gpu_lance.types import Side
@@ -48,10 +48,16 @@ class TextModelFunction(  # type: ignore[misc]  # the names of arguments differ
         Whether code that the model brings may run. Never stored in a table.
     revision : str, optional
         A branch, tag or commit on the hub.
+
+    Notes
+    -----
+    The class attribute `plain` says whether a folder of modules counts as the transformers model in
+    it.
     """
 
     cpu_budget: ClassVar[int | None] = 2_048
     device_budget: ClassVar[int | None] = 65_536
+    plain: ClassVar[bool] = False
 
     name: str
     trust_remote_code: bool = False
@@ -63,10 +69,10 @@ class TextModelFunction(  # type: ignore[misc]  # the names of arguments differ
     # -- what a provider implements
 
     @abstractmethod
-    def load_tokenizer(self) -> TextTokenizer | None:
+    def load_tokenizer(self) -> TextTokenizer | LibraryTokenizer | None:
         """Load the model's tokenizer; None where texts reach the model as they are.
 
-        Called once for equal :meth:`load_arguments` in a process.
+        Called once for equal :meth:`tokenizer_arguments` in a process.
         """
 
     @abstractmethod
@@ -80,6 +86,10 @@ class TextModelFunction(  # type: ignore[misc]  # the names of arguments differ
     def load_arguments(self) -> dict[str, Any]:
         """Return the arguments that change what is loaded, beside the name and the precision."""
         return {"trust_remote_code": self.trust_remote_code}
+
+    def tokenizer_arguments(self) -> dict[str, Any]:
+        """Return the arguments that change the tokenizer alone."""
+        return {}
 
     # -- derived
 
@@ -143,7 +153,7 @@ class TextModelFunction(  # type: ignore[misc]  # the names of arguments differ
 
     def _model_folder(self) -> ModelFolder:
         if self._folder is None:
-            self._folder = ModelFolder(self._locate().folder)
+            self._folder = ModelFolder(self._locate().folder, plain=self.plain)
         return self._folder
 
     def _load_key(self, device: torch.device | None) -> dict[str, Any]:
@@ -155,8 +165,8 @@ class TextModelFunction(  # type: ignore[misc]  # the names of arguments differ
             **self.load_arguments(),
         }
 
-    def _tokenizer(self) -> TextTokenizer | None:
-        key = {**self._load_key(None), "part": "tokenizer"}
+    def _tokenizer(self) -> TextTokenizer | LibraryTokenizer | None:
+        key = {**self._load_key(None), **self.tokenizer_arguments(), "part": "tokenizer"}
         return MODELS.get(type(self), key, "host", self.load_tokenizer)
 
     def _model(self, device: torch.device) -> Any:

@@ -6,26 +6,20 @@ with padding only where lengths differ. Library: everything else, through ``enco
 
 from __future__ import annotations
 
-import pickle
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpu_lance.device import is_out_of_memory
+from gpu_lance.embeddings.backbone import alone as alone
+from gpu_lance.embeddings.backbone import load_backbone
+from gpu_lance.embeddings.backbone import load_errors as load_errors
 from gpu_lance.embeddings.encoder import PACKED_TYPES, PackedEncoder, can_pack, runs_of
 from gpu_lance.embeddings.model_folder import ModelFolder
 from gpu_lance.embeddings.pooling import pool
 from gpu_lance.embeddings.tokens import TextTokenizer, Tokens
-from gpu_lance.errors import (
-    EmbeddingError,
-    GpuLanceError,
-    OutOfDeviceMemoryError,
-    UntrustedModelError,
-)
+from gpu_lance.errors import UntrustedModelError
 from gpu_lance.optional import require
 from gpu_lance.types import Side
 
@@ -33,10 +27,6 @@ if TYPE_CHECKING:
     import torch
 
 EXTRA = "cpu|cuda13|cuda12"
-
-# While transformers makes a model, torch's default dtype is that model's, in all threads; two loads
-# at once could leave the wrong one behind.
-_loading = threading.Lock()
 
 
 class TextModel(ABC):
@@ -153,10 +143,8 @@ def load_text_model(
         with load_errors(str(model.folder)):
             config = transformers.AutoConfig.from_pretrained(path, **options)
             if can_pack(config):
+                weights = load_backbone(path, dtype, name=str(model.folder))
                 with alone():
-                    weights = transformers.AutoModel.from_pretrained(
-                        path, config=config, dtype=dtype, **options
-                    )
                     return PackedModel(model, weights, device, trust_remote_code)
     library = load_library(model, device, dtype, trust_remote_code)
     if tokenizer is not None:
@@ -182,44 +170,6 @@ def load_library(
     return loaded.eval().requires_grad_(False)
 
 
-@contextmanager
-def load_errors(name: str) -> Iterator[None]:
-    """Say which model it is that cannot be loaded, and why."""
-    try:
-        yield
-    except GpuLanceError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise OutOfDeviceMemoryError(
-                f"The model {name!r} does not fit into the device's memory. Free memory there, or "
-                "use dtype='bfloat16' or a smaller model."
-            ) from error
-        if _is_unsafe_pickle(error):
-            raise UntrustedModelError(
-                f"The model {name!r} keeps its weights in a pickle that holds more than tensors, "
-                "or that is damaged; it is not read. Get a copy in the safetensors format."
-            ) from error
-        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
-            raise UntrustedModelError(
-                f"The model {name!r} brings code of its own, which does not run unless you allow "
-                "it. Read that code first; then pass trust_remote_code=True."
-            ) from error
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise EmbeddingError(
-            f"The model {name!r} cannot be loaded ({type(error).__name__}: {reason}). If its files "
-            "are damaged, get it again."
-        ) from error
-
-
-def _is_unsafe_pickle(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, pickle.UnpicklingError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def check_activations(model: ModelFolder) -> None:
     """Refuse activation functions that are not torch's; the library would take another one."""
     for module in model.modules:
@@ -230,27 +180,6 @@ def check_activations(model: ModelFolder) -> None:
                 f"{name!r}, which is not torch's and does not run unless you allow it. Look at it "
                 "first; then pass trust_remote_code=True."
             )
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Load a model while no other one is loaded, without transformers' progress bar."""
-    torch = require("torch", extra=EXTRA)
-    # the first batch loads the model, and weights made under inference_mode could not be trained
-    with _loading, torch.inference_mode(False), _quiet():
-        yield
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    logging = require("transformers.utils.logging", extra=EXTRA)
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _after(

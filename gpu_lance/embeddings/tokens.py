@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gpu_lance.embeddings.model_folder import ModelFolder
+from gpu_lance.errors import BadInputError
 from gpu_lance.optional import require
 
 EXTRA = "cpu|cuda13|cuda12"
@@ -16,6 +19,8 @@ EXTRA = "cpu|cuda13|cuda12"
 # Characters tokenised in one call; the encodings of a call live side by side, and each holds its
 # whole text's tokens before they are cut off.
 _CHUNK = 4_000_000
+# transformers' way to say that there is no limit is a number beyond this one.
+_NO_LIMIT = 1 << 31
 _PROBES = ["A probe, with 3 words!", "Zweite Probe: naïve café 你好", "x" * 300, ""]
 
 
@@ -29,10 +34,13 @@ class Tokens:
         (t,), int32.
     offsets : numpy.ndarray
         (n + 1,), int64: text i has the ids from ``offsets[i]`` to ``offsets[i + 1]``.
+    more : dict of str to numpy.ndarray
+        (t,) each, int64: what else the model takes of each token, by the name of its argument.
     """
 
     ids: np.ndarray
     offsets: np.ndarray
+    more: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -50,7 +58,8 @@ class Tokens:
         lengths = self.lengths[rows]
         offsets = np.concatenate(([0], np.cumsum(lengths)))
         index = np.arange(offsets[-1]) + np.repeat(self.offsets[rows] - offsets[:-1], lengths)
-        return Tokens(self.ids[index], offsets)
+        more = {name: values[index] for name, values in self.more.items()}
+        return Tokens(self.ids[index], offsets, more)
 
 
 class TextTokenizer:
@@ -91,8 +100,7 @@ class TextTokenizer:
             local_files_only=True,
             **limits,
         )
-        known = {"input_ids", "attention_mask", "token_type_ids"}
-        if not getattr(tokenizer, "is_fast", False) or set(tokenizer.model_input_names) - known:
+        if not _is_plain(tokenizer):
             return None
         if not model.has_module_list and getattr(tokenizer, "chat_template", None):
             return None  # the library would wrap each text into a message
@@ -102,10 +110,10 @@ class TextTokenizer:
         if model.positions is not None and (not limits or model.has_absolute_positions):
             # the library lets a text of more tokens than positions fail
             limit = tokenizer.model_max_length = min(limit, model.positions)
-        if limit >= 1 << 31:  # transformers' way to say that there is none
+        if limit >= _NO_LIMIT:
             limit = None
         loaded = cls(tokenizer, limit)
-        return loaded if loaded._agrees() else None
+        return loaded if loaded.agrees() else None
 
     def __call__(self, texts: list[str], prompt: str = "") -> Tokens:
         """Tokenise `texts`, each with `prompt` before it."""
@@ -124,7 +132,7 @@ class TextTokenizer:
         ids = np.concatenate(parts) if parts else np.empty(0, np.int32)
         return Tokens(ids, np.concatenate(([0], np.cumsum(lengths))))
 
-    def _agrees(self) -> bool:
+    def agrees(self) -> bool:
         """Whether this copy gives what the model's own tokenizer gives, with type ids of zero."""
         probes = [*_PROBES, "long " * min(2 * (self.limit or 1), 2048)]
         given = self.hf(probes, truncation=self.limit is not None, return_token_type_ids=True)
@@ -132,6 +140,91 @@ class TextTokenizer:
         same = [ids.tolist() for ids in np.split(ours.ids, ours.offsets[1:-1])]
         types = [kind for kinds in given.get("token_type_ids", []) for kind in kinds]
         return same == [list(ids) for ids in given["input_ids"]] and not any(types)
+
+
+class LibraryTokenizer:
+    """A model's tokenizer as it is, slow or with more than ids; one thread at a time.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+        The model's tokenizer.
+    limit : int or None
+        The most tokens of a text, special ones included.
+    """
+
+    def __init__(self, tokenizer: Any, limit: int | None) -> None:
+        self.limit = limit
+        self.hf = tokenizer
+        self._lock = threading.Lock()
+
+    def __call__(self, texts: list[str], prompt: str = "") -> Tokens:
+        """Tokenise `texts`, each with `prompt` before it."""
+        lists: dict[str, list[list[int]]] = {"input_ids": []}
+        for chunk in _chunks(texts):
+            with self._lock:
+                made = self.hf(
+                    [prompt + text for text in chunk],
+                    truncation=self.limit is not None,
+                    max_length=self.limit,
+                    padding=False,
+                    return_attention_mask=False,
+                )
+            for name, values in made.items():
+                lists.setdefault(name, []).extend(values)
+        lengths = [len(ids) for ids in lists["input_ids"]]
+        flat = {
+            name: np.fromiter((value for row in rows for value in row), np.int64, sum(lengths))
+            for name, rows in lists.items()
+        }
+        ids = flat.pop("input_ids").astype(np.int32)
+        return Tokens(ids, np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))), flat)
+
+
+def load_plain_tokenizer(
+    folder: Path, limit: int | None, trust_remote_code: bool
+) -> TextTokenizer | LibraryTokenizer:
+    """Load the tokenizer of a plain transformers model, in its fast form if that gives the same.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Of the model.
+    limit : int or None
+        The most tokens of a text, special ones included.
+    trust_remote_code : bool
+        Whether code in the folder may run.
+
+    Raises
+    ------
+    BadInputError
+        If `limit` leaves no room beside the special tokens.
+    """
+    transformers = require("transformers", extra=EXTRA)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        str(folder), trust_remote_code=trust_remote_code, local_files_only=True
+    )
+    if limit is None and tokenizer.model_max_length < _NO_LIMIT:
+        limit = tokenizer.model_max_length
+    special = tokenizer.num_special_tokens_to_add(pair=False)
+    if limit is not None and limit <= special:
+        raise BadInputError(
+            f"max_length is {limit}, but the model puts {special} special tokens around each text; "
+            f"it must be at least {special + 1}."
+        )
+    if _is_plain(tokenizer):
+        if limit is not None:
+            tokenizer.model_max_length = limit
+        loaded = TextTokenizer(tokenizer, limit)
+        if loaded.agrees():
+            return loaded
+    return LibraryTokenizer(tokenizer, limit)
+
+
+def _is_plain(tokenizer: Any) -> bool:
+    """Whether it has a fast part, and gives its model no more than ids, types and a mask."""
+    known = {"input_ids", "attention_mask", "token_type_ids"}
+    return getattr(tokenizer, "is_fast", False) and not set(tokenizer.model_input_names) - known
 
 
 def _chunks(texts: list[str]) -> Iterator[list[str]]:
