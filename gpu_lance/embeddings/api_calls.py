@@ -18,7 +18,7 @@ from gpu_lance.embeddings.throttle import Stopped
 logger = logging.getLogger(__name__)
 
 FEWEST = 256  # texts that are not worth being spread over several requests
-PROBE = "hello"  # a text that no server has a reason to refuse
+PROBE = "A short sentence."  # which no server has a reason to refuse
 CHECKED = 64  # refused texts after which the server is probed again
 
 # Texts and their tokens in, (n, d) float32 and the reasons of bad rows out.

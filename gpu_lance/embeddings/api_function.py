@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -345,6 +345,10 @@ class ApiEmbeddingFunction(  # type: ignore[misc]  # the names of arguments diff
         """Check the address of the server, and note who named it."""
         if self.base_url is not None:
             self._named_here = trust(check_server(self.base_url))
+
+    def query_state(self) -> Hashable:
+        """Return the server that the environment names."""
+        return os.environ.get(self.server_variable)
 
     def _connection(self) -> Connection:
         if self.base_url is not None and not self._named_here and not self._is_variable("base_url"):

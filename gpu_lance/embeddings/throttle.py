@@ -68,11 +68,11 @@ class Throttle:
                 self._free.wait(0.05)
             self.under_way += 1
         try:
-            self._obey()
+            obeyed = self._obey(0.0)
             start = self._reserve(tokens)
             if start > 0:
                 retries.pause(start)
-            self._obey()
+            self._obey(obeyed)
             if stop.is_set():
                 raise Stopped
             yield
@@ -104,9 +104,9 @@ class Throttle:
             self._next_token = start + self._per_token * tokens
         return start - now
 
-    def _obey(self) -> None:
-        """Wait as long as requests are held; once for each time they are."""
-        seen = 0.0
+    def _obey(self, seen: float) -> float:
+        """Wait as long as requests are held, unless until `seen`; return until when they were."""
         while (until := self._held_until) != seen and (left := until - self._clock()) > 0:
             seen = until
             retries.pause(left)
+        return seen
