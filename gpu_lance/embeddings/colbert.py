@@ -9,21 +9,20 @@ import numpy as np
 from pydantic import Field, PrivateAttr
 
 from gpu_lance.embeddings import fingerprint as fingerprints
+from gpu_lance.embeddings.backbone import load_errors
+from gpu_lance.embeddings.base import EmbeddingFunction
 from gpu_lance.embeddings.device_base import Payload
 from gpu_lance.embeddings.late_interaction import LateInteraction, load_late_interaction
 from gpu_lance.embeddings.late_recipe import Recipe, check_steps, read_recipe
 from gpu_lance.embeddings.late_tokens import LateTokenizer
 from gpu_lance.embeddings.locate import Located, locate
 from gpu_lance.embeddings.text_function import TextModelFunction
-from gpu_lance.embeddings.text_models import load_errors
 from gpu_lance.embeddings.tokens import TextTokenizer
 from gpu_lance.errors import EmbeddingError
 from gpu_lance.types import Side
 
 if TYPE_CHECKING:
     import torch
-
-    from gpu_lance.embeddings.base import EmbeddingFunction
 
 
 class ColbertEmbeddings(TextModelFunction):
@@ -58,6 +57,7 @@ class ColbertEmbeddings(TextModelFunction):
     True
     """
 
+    cache_queries: ClassVar[bool] = True
     multivector: ClassVar[bool] = True
 
     name: str = "colbert-ir/colbertv2.0"
@@ -65,26 +65,30 @@ class ColbertEmbeddings(TextModelFunction):
     document_length: int | None = Field(default=None, ge=4)
 
     _read: Recipe | None = PrivateAttr(default=None)
+    _pooled: EmbeddingFunction | None = PrivateAttr(default=None)
 
     def ndims(self) -> int:
         """Return the length of a vector, from the files of the model."""
         return self._recipe().ndims
 
     def pooled(self) -> EmbeddingFunction:
-        """Return the function of LanceDB's ``colbert``: one vector a text, the mean of its tokens.
+        """Return what LanceDB's ``colbert`` is: one vector a text, the mean of its tokens' states.
 
-        For a table whose column is a list of as many numbers as the transformer is wide. It is
-        ``huggingface`` with the same model.
+        It is the provider ``huggingface`` with the same model.
         """
         from gpu_lance.embeddings.huggingface import TransformersEmbeddingFunction
 
-        # as they were written, so that a reference to a variable stays one
-        written = self._original_args or {}
-        shared = {
-            key: written.get(key, getattr(self, key))
-            for key in ("name", "revision", "device", "dtype", "batch_size", "trust_remote_code")
-        }
-        return TransformersEmbeddingFunction.create(**shared)
+        if self._pooled is None:
+            # as they were written, so that a reference to a variable stays one
+            written = self._original_args or {}
+            names = ("name", "revision", "device", "dtype", "batch_size", "trust_remote_code")
+            given = {name: written.get(name, getattr(self, name)) for name in names}
+            self._pooled = TransformersEmbeddingFunction.create(**given)
+        return self._pooled
+
+    def single(self, ndims: int) -> EmbeddingFunction | None:
+        """Return :meth:`pooled` for a column as wide as the transformer, as LanceDB makes it."""
+        return self.pooled() if ndims == self._model_folder().hidden_size else None
 
     def fingerprint(self) -> dict[str, str]:
         """Return what decides the values of the vectors, from the files of the model."""

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpu_lance.embeddings.encoder import PackedEncoder, can_pack, runs_of
+from gpu_lance.embeddings.backbone import alone, load_backbone, load_errors
+from gpu_lance.embeddings.encoder import PackedEncoder, can_pack, runs_of, to_device
 from gpu_lance.embeddings.late_recipe import TOKEN_LEVEL, Recipe, linear_weight
 from gpu_lance.embeddings.late_tokens import LateTokens
 from gpu_lance.embeddings.model_folder import ModelFolder, ModuleFiles
-from gpu_lance.embeddings.text_models import alone, check_activations, load_errors
-from gpu_lance.errors import EmbeddingError
+from gpu_lance.embeddings.text_models import check_activations
 from gpu_lance.optional import require
 
 if TYPE_CHECKING:
@@ -141,49 +140,17 @@ def load_late_interaction(
     EmbeddingError
         If a weight is missing or damaged: none is ever left at a random value.
     """
-    transformers = require("transformers", extra=EXTRA)
     if not trust_remote_code:
         check_activations(model)
+    name = str(model.folder)
     path = model.folder / (model.modules[0].path if model.has_module_list else "")
-    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    with load_errors(str(model.folder)), alone(), _no_report():
-        config = transformers.AutoConfig.from_pretrained(str(path), **options)
-        weights, found = transformers.AutoModel.from_pretrained(
-            str(path), config=config, dtype=dtype, output_loading_info=True, **options
-        )
-        # the pooling layer on top has no part in this
-        lost = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))
-        if lost:
-            raise EmbeddingError(
-                f"The model {str(model.folder)!r} lacks {len(lost)} of its weights, such as "
-                f"{lost[0]!r}; get it again."
-            )
-        weights.to(device).eval().requires_grad_(False)
+    weights = load_backbone(str(path), dtype, name=name, trust_remote_code=trust_remote_code)
+    with load_errors(name), alone():
         steps = [_step(model, step, device, dtype, trust_remote_code) for step in recipe.steps]
-        if can_pack(config) and type(weights).__module__.startswith("transformers."):
+        weights.to(device)
+        if can_pack(weights.config) and type(weights).__module__.startswith("transformers."):
             return PackedLateInteraction(weights, steps)
         return PaddedLateInteraction(weights, padding, steps)
-
-
-def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Return an array as a tensor on the device, without waiting for the copy."""
-    torch = require("torch", extra=EXTRA)
-    tensor = torch.from_numpy(values)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-@contextmanager
-def _no_report() -> Iterator[None]:
-    """Load without transformers' list of the weights that it has no use for: ours is checked."""
-    logging = require("transformers.utils.logging", extra=EXTRA)
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def _step(

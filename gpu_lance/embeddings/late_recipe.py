@@ -196,8 +196,8 @@ def _linear_width(model: ModelFolder, name: str) -> int:
         shape = None if weight is None else list(weight.shape)
     if not shape:
         raise _no_projection(name)
-    hidden = model.transformer.get("hidden_size", model.transformer.get("dim", shape[-1]))
-    if len(shape) != 2 or shape[1] != hidden:
+    hidden = model.hidden_size
+    if len(shape) != 2 or hidden not in (None, shape[1]):
         raise EmbeddingError(
             f"The projection of the model {name!r} has the shape {list(shape)}; it must be (d, "
             f"{hidden}), since its transformer gives {hidden} numbers. Get the model again."
@@ -249,8 +249,7 @@ def _of_modules(model: ModelFolder, library: dict[str, Any], name: str) -> Recip
         for m in model.modules
         if m.kind == "Dense" and isinstance(m.config.get("out_features"), int)
     ]
-    hidden = model.transformer.get("hidden_size", model.transformer.get("dim"))
-    ndims = widths[-1] if widths else hidden
+    ndims = widths[-1] if widths else model.hidden_size
     if not isinstance(ndims, int) or ndims < 1:
         raise EmbeddingError(f"The model {name!r} does not say how long its vectors are.")
     return Recipe(
@@ -329,9 +328,8 @@ def check_steps(model: ModelFolder, recipe: Recipe, name: str, trust_remote_code
         unknown.append("transformer_task")
     if own.get("modality_config", _PLAIN_TEXT) != _PLAIN_TEXT:
         unknown.append("modality_config")
-    unknown += [key for key in ("quantization_config",) if key in model.transformer]
-    if model.transformer.get("is_encoder_decoder"):
-        unknown.append("is_encoder_decoder")
+    if model.has_added_weights:
+        unknown.append("adapters or quantised weights")
     if model.has_module_list and model.modules[0].kind != "Transformer":
         unknown.append(model.modules[0].kind)
     unknown += [step.kind for step in recipe.steps if not _is_known(step)]
