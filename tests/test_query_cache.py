@@ -305,3 +305,17 @@ def test_a_state_of_its_own() -> None:
     Versioned.version = 2
     embed(f, "a")
     assert len(Letters.asked) == 2
+
+
+def test_every_provider_that_comes_along_remembers() -> None:
+    from gpu_lance.embeddings.registry import BUILT_IN
+
+    for name in BUILT_IN:
+        assert vars(get_registry().get(name)).get("cache_queries") is True, name
+
+
+def test_another_server_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    f = get_registry().get("openai").create()
+    before = f.query_state()
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    assert f.query_state() != before

@@ -45,6 +45,7 @@ class CohereEmbeddingFunction(ApiEmbeddingFunction):
     1024
     """
 
+    cache_queries: ClassVar[bool] = True
     provider: ClassVar[str] = "cohere"
     models: ClassVar[Mapping[str, int]] = {
         "embed-v4.0": 1536,

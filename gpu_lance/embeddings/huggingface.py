@@ -73,6 +73,7 @@ class TransformersEmbeddingFunction(TextModelFunction):
     session_arguments: ClassVar[frozenset[str]] = TextModelFunction.session_arguments | {
         "show_progress_bar"
     }
+    cache_queries: ClassVar[bool] = True
     plain: ClassVar[bool] = True
 
     name: str = "colbert-ir/colbertv2.0"

@@ -45,6 +45,7 @@ class OpenAIEmbeddings(ApiEmbeddingFunction):
     256
     """
 
+    cache_queries: ClassVar[bool] = True
     provider: ClassVar[str] = "openai"
     models: ClassVar[Mapping[str, int]] = {
         "text-embedding-ada-002": 1536,
