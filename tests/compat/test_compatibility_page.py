@@ -80,20 +80,10 @@ def test_the_names_that_are_not_here() -> None:
 
 @pytest.mark.parametrize("row", rows("Refused"), ids=lambda row: row[0].strip("`"))
 def test_what_is_refused(row: list[str], tmp_path: Path) -> None:
-    table, function = make(gpu_lance, tmp_path)
-
-    class Plain(gpu_lance.pydantic.LanceModel):
-        vector: gpu_lance.pydantic.MultiVector(3)
-
-    class Many(gpu_lance.pydantic.LanceModel):
-        text: str = function.SourceField()
-        vector: gpu_lance.pydantic.MultiVector(3) = function.VectorField()
-
+    table, _ = make(gpu_lance, tmp_path)
     db = gpu_lance.connect(tmp_path / "more", device="cpu")
-    many = db.create_table("many", schema=Plain)
-    many.add([{"vector": [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]}])
     bits = pa.FixedSizeListArray.from_arrays(pa.array([1, 2, 3, 4], pa.uint8()), 2)
-    space = {"db": db, "table": table, "many": many, "Many": Many, "get_registry": get_registry}
+    space = {"db": db, "table": table, "get_registry": get_registry}
     space["bits"] = db.create_table("bits", pa.table({"vector": bits}))
     space.update(gpu_lance=gpu_lance, lancedb=lancedb)
     error = getattr(errors, row[1], None) or getattr(builtins, row[1])
