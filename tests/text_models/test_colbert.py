@@ -171,6 +171,42 @@ def test_both_sides_share_one_load(folders):
     assert [load.device for load in MODELS.loads[before:]] == ["host", "cpu"]
 
 
+# -- attention on a GPU
+
+
+def plain_varlen(query, key, value, query_edges, key_edges, longest_query, longest_key):
+    """What torch's attention over packed sequences computes, one sequence at a time."""
+    parts = []
+    for index in range(len(query_edges) - 1):
+        asked = query[query_edges[index] : query_edges[index + 1]]
+        seen = slice(key_edges[index], key_edges[index + 1])
+        assert len(asked) <= longest_query and len(key[seen]) <= longest_key
+        scores = torch.einsum("qhd,khd->hqk", asked, key[seen]) / asked.shape[-1] ** 0.5
+        parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), value[seen]))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("side", ["query", "source"])
+def test_attention_over_packed_sequences_sees_the_same_tokens(folders, monkeypatch, side):
+    function = create(folders["stanford"])
+    wanted = getattr(function, f"compute_{side}_embeddings")(TEXTS)
+    encoder = function._model(torch.device("cpu"))._encoder
+    monkeypatch.setattr(encoder, "_varlen", plain_varlen)
+    ours = getattr(function, f"compute_{side}_embeddings")(TEXTS)
+    for one, other in zip(ours, wanted, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "lowest"), [("float32", 0.9999), (None, 0.999)])
+def test_a_gpu_gives_the_same_vectors(folders, formula, dtype, lowest):
+    function = create(folders["stanford"], device="cuda", dtype=dtype)
+    documents = function.compute_source_embeddings(TEXTS)
+    assert cosines(documents, [formula.document(text) for text in TEXTS]) >= lowest
+    queries = function.compute_query_embeddings(TEXTS)
+    assert cosines(queries, [formula.query(text) for text in TEXTS]) >= lowest
+
+
 # -- texts at the edge
 
 
