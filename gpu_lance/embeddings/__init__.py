@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gpu_lance.embeddings.cohere import CohereEmbeddingFunction
     from gpu_lance.embeddings.colbert import ColbertEmbeddings
     from gpu_lance.embeddings.device_base import DeviceEmbeddingFunction
+    from gpu_lance.embeddings.huggingface import TransformersEmbeddingFunction
     from gpu_lance.embeddings.openai import OpenAIEmbeddings
     from gpu_lance.embeddings.registry import EmbeddingFunctionRegistry, get_registry, register
     from gpu_lance.embeddings.sentence_transformers import SentenceTransformerEmbeddings
@@ -32,6 +33,7 @@ _EXPORTS = {
     "OpenAIEmbeddings": "openai",
     "SentenceTransformerEmbeddings": "sentence_transformers",
     "TextEmbeddingFunction": "base",
+    "TransformersEmbeddingFunction": "huggingface",
     "get_registry": "registry",
     "register": "registry",
 }
@@ -46,6 +48,7 @@ __all__ = [
     "OpenAIEmbeddings",
     "SentenceTransformerEmbeddings",
     "TextEmbeddingFunction",
+    "TransformersEmbeddingFunction",
     "get_registry",
     "register",
 ]

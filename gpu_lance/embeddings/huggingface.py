@@ -11,8 +11,8 @@ from gpu_lance.embeddings.backbone import load_errors
 from gpu_lance.embeddings.locate import Located, locate
 from gpu_lance.embeddings.model_folder import ModelFolder
 from gpu_lance.embeddings.plain_models import (
+    OwnForward,
     PackedTransformer,
-    PaddedTransformer,
     load_plain_model,
 )
 from gpu_lance.embeddings.text_function import ORGANIZATION, TextModelFunction
@@ -118,7 +118,7 @@ class TransformersEmbeddingFunction(TextModelFunction):
         self, data: Any, rows: np.ndarray, side: Side, device: torch.device
     ) -> torch.Tensor:
         """Run the model over a batch."""
-        model: PackedTransformer | PaddedTransformer = self._model(device)
+        model: PackedTransformer | OwnForward = self._model(device)
         return model(data.take(rows), _MODES[self.pooling])
 
     # -- finding and loading
@@ -131,7 +131,7 @@ class TransformersEmbeddingFunction(TextModelFunction):
 
     def load_model(
         self, device: torch.device, dtype: torch.dtype
-    ) -> PackedTransformer | PaddedTransformer:
+    ) -> PackedTransformer | OwnForward:
         """Load the fastest form of the model."""
         name = self._told(self.name)
         return load_plain_model(self._model_folder(), device, dtype, name, self.trust_remote_code)

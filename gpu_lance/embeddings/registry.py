@@ -29,6 +29,7 @@ ENTRY_POINT_GROUP = "gpu_lance.embeddings"
 BUILT_IN: dict[str, str] = {
     "cohere": "gpu_lance.embeddings.cohere:CohereEmbeddingFunction",
     "colbert": "gpu_lance.embeddings.colbert:ColbertEmbeddings",
+    "huggingface": "gpu_lance.embeddings.huggingface:TransformersEmbeddingFunction",
     "openai": "gpu_lance.embeddings.openai:OpenAIEmbeddings",
     "sentence-transformers": (
         "gpu_lance.embeddings.sentence_transformers:SentenceTransformerEmbeddings"
@@ -42,7 +43,6 @@ NOT_YET = frozenset(
         "colpali",
         "gemini-text",
         "gte-text",
-        "huggingface",
         "imagebind",
         "instructor",
         "jina",
