@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from gpu_lance.errors import BadVectorError
+from gpu_lance.index.chunks import DoesNotNarrowError, NoRoomError
 from gpu_lance.index.slots import SlotMap
 from gpu_lance.index.snapshot import Snapshot
-from gpu_lance.index.store import DoesNotNarrowError, NoRoomError, ResidentStore
+from gpu_lance.index.store import ResidentStore
 
 CPU = torch.device("cpu")
 

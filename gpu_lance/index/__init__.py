@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gpu_lance.index.column import ColumnIndex
     from gpu_lance.index.config import Bitmap, BTree, Flat, LabelList
     from gpu_lance.index.flat import FlatIndex
+    from gpu_lance.index.multi_column import MultiColumnIndex
 
 _EXPORTS = {
     "BTree": "config",
@@ -22,6 +23,7 @@ _EXPORTS = {
     "Flat": "config",
     "FlatIndex": "flat",
     "LabelList": "config",
+    "MultiColumnIndex": "multi_column",
     "SearchResult": "base",
     "VectorIndex": "base",
 }
@@ -33,6 +35,7 @@ __all__ = [
     "Flat",
     "FlatIndex",
     "LabelList",
+    "MultiColumnIndex",
     "SearchResult",
     "VectorIndex",
 ]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from gpu_lance.device import check_threads
 from gpu_lance.index.base import SearchResult
 from gpu_lance.index.budget import Budget
 from gpu_lance.index.exact import ExactSearch, check_k
-from gpu_lance.index.follow import Follower, stored_dtype
+from gpu_lance.index.follow import Follower, Following, stored_dtype
 from gpu_lance.index.planner import Planner
 from gpu_lance.index.read import read_blocks
 from gpu_lance.index.snapshot import Mask, Snapshot
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     import lance
     import torch
 
+Sn = TypeVar("Sn", bound=Snapshot)
+
 CACHED_FILTERS = 16
 CACHED_BYTES = 64 << 20
 # what such a condition holds for is another thing each time; names of columns count too, which
@@ -37,7 +40,110 @@ CACHED_BYTES = 64 << 20
 _VOLATILE = re.compile(r"\b(now|today|random|rand|uuid|current_\w+)\b", re.IGNORECASE)
 
 
-class ColumnIndex:
+class FollowingIndex(ABC, Generic[Sn]):
+    """What the indexes of columns have in common: filters, and what they hold.
+
+    Parameters
+    ----------
+    column : str
+        Name of the vector column.
+    ndims : int
+        Length of its vectors.
+    device : torch.device
+        Where the vectors are searched.
+    follower : Following
+        Holds the rows.
+    """
+
+    def __init__(
+        self, column: str, ndims: int, device: torch.device, follower: Following[Sn]
+    ) -> None:
+        self.column = column
+        self.ndims = int(ndims)
+        self.device = device
+        self._follower = follower
+        # weak: a filter keeps no rows in memory
+        self._filters: OrderedDict[tuple[Mark, str], tuple[weakref.ref[Sn], Mask]]
+        self._filters = OrderedDict()
+        self._filters_lock = threading.Lock()
+        self._scanned = 0
+
+    @abstractmethod
+    def _engine(self) -> dict[str, Any]:
+        """``engine`` and ``reason``."""
+
+    def _allowed(self, dataset: lance.LanceDataset, mark: Mark, snapshot: Sn, where: str) -> Mask:
+        """The rows that meet a condition."""
+        if _VOLATILE.search(where):
+            return snapshot.mask(matching_row_ids(dataset, where))
+        key = (mark, where)
+        with self._filters_lock:
+            cached = self._filters.get(key)
+            if cached is not None and cached[0]() is snapshot:
+                self._filters.move_to_end(key)
+                return cached[1]
+        made = snapshot.mask(matching_row_ids(dataset, where))
+        with self._filters_lock:
+            self._filters[key] = (weakref.ref(snapshot), made)
+            self._filters.move_to_end(key)
+            size = sum(len(mask.bits) for _, mask in self._filters.values())
+            while len(self._filters) > 1 and (
+                len(self._filters) > CACHED_FILTERS or size > CACHED_BYTES
+            ):
+                size -= len(self._filters.popitem(last=False)[1][1].bits)
+        return made
+
+    # -------------------------------------------------------------- the contents
+
+    def info(self) -> dict[str, Any]:
+        """What is held where.
+
+        Returns
+        -------
+        dict
+            ``column``, ``device``, ``engine`` and ``reason`` (why this engine), ``rows`` (that can
+            be found), ``bytes``, ``version`` (None before the first search), ``step`` and ``plan``
+            (how it is held, and why), ``refresh`` (``kind``, ``reason``, ``seconds`` of the last
+            one) and ``scanned`` (rows that qualified in the last search).
+        """
+        follower = self._follower
+        store, refresh, chosen = follower.store, follower.refresh, follower.plan
+        engine = self._engine()
+        return {
+            "column": self.column,
+            "device": str(self.device),
+            "engine": engine["engine"],
+            "reason": engine["reason"],
+            "rows": 0 if store is None else len(store),
+            "bytes": 0 if store is None else store.nbytes,
+            "version": follower.version,
+            "step": None if chosen is None else str(chosen.step),
+            "plan": None if chosen is None else chosen.reason,
+            "refresh": {
+                "kind": refresh.kind, "reason": refresh.reason, "seconds": refresh.seconds,
+            },
+            "scanned": self._scanned,
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """Free the device memory. A later search loads the column again."""
+        self._follower.drop()
+        with self._filters_lock:
+            self._filters.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class ColumnIndex(FollowingIndex[Snapshot]):
     """Searches one vector column of a table at the version that the caller asks for.
 
     The column's vectors are held on the device once, for every metric, in the form for which the
@@ -72,19 +178,17 @@ class ColumnIndex:
     [[1.0]]
     """
 
+    _follower: Follower
+
     def __init__(
         self, column: str, ndims: int, device: torch.device, budget: Budget | None = None
     ) -> None:
-        self.column = column
-        self.ndims = int(ndims)
-        self.device = device
-        self._follower = Follower(column, self.ndims, device, budget or Budget.of(device))
+        follower = Follower(column, int(ndims), device, budget or Budget.of(device))
+        super().__init__(column, ndims, device, follower)
         self._planner = Planner.of(device)
-        # weak: a filter keeps no rows in memory
-        self._filters: OrderedDict[tuple[Mark, str], tuple[weakref.ref[Snapshot], Mask]]
-        self._filters = OrderedDict()
-        self._filters_lock = threading.Lock()
-        self._scanned = 0
+
+    def _engine(self) -> dict[str, Any]:
+        return self._planner.info()
 
     # ---------------------------------------------------------------- searching
 
@@ -176,29 +280,6 @@ class ColumnIndex:
         )
         return result
 
-    def _allowed(
-        self, dataset: lance.LanceDataset, mark: Mark, snapshot: Snapshot, where: str
-    ) -> Mask:
-        """The rows that meet a condition."""
-        if _VOLATILE.search(where):
-            return snapshot.mask(matching_row_ids(dataset, where))
-        key = (mark, where)
-        with self._filters_lock:
-            cached = self._filters.get(key)
-            if cached is not None and cached[0]() is snapshot:
-                self._filters.move_to_end(key)
-                return cached[1]
-        made = snapshot.mask(matching_row_ids(dataset, where))
-        with self._filters_lock:
-            self._filters[key] = (weakref.ref(snapshot), made)
-            self._filters.move_to_end(key)
-            size = sum(len(mask.bits) for _, mask in self._filters.values())
-            while len(self._filters) > 1 and (
-                len(self._filters) > CACHED_FILTERS or size > CACHED_BYTES
-            ):
-                size -= len(self._filters.popitem(last=False)[1][1].bits)
-        return made
-
     def append(
         self,
         before: int,
@@ -229,52 +310,3 @@ class ColumnIndex:
         """
         check_threads()
         self._follower.append(before, dataset, vectors, row_ids, valid)
-
-    # -------------------------------------------------------------- the contents
-
-    def info(self) -> dict[str, Any]:
-        """What is held where.
-
-        Returns
-        -------
-        dict
-            ``column``, ``device``, ``engine`` and ``reason`` (why this engine), ``rows`` (that can
-            be found), ``bytes``, ``version`` (None before the first search), ``step`` and ``plan``
-            (how it is held, and why), ``refresh`` (``kind``, ``reason``, ``seconds`` of the last
-            one) and ``scanned`` (rows that qualified in the last search).
-        """
-        follower = self._follower
-        store, refresh, chosen = follower.store, follower.refresh, follower.plan
-        engine = self._planner.info()
-        return {
-            "column": self.column,
-            "device": str(self.device),
-            "engine": engine["engine"],
-            "reason": engine["reason"],
-            "rows": 0 if store is None else len(store),
-            "bytes": 0 if store is None else store.nbytes,
-            "version": follower.version,
-            "step": None if chosen is None else str(chosen.step),
-            "plan": None if chosen is None else chosen.reason,
-            "refresh": {
-                "kind": refresh.kind, "reason": refresh.reason, "seconds": refresh.seconds,
-            },
-            "scanned": self._scanned,
-        }  # fmt: skip
-
-    def close(self) -> None:
-        """Free the device memory. A later search loads the column again."""
-        self._follower.drop()
-        with self._filters_lock:
-            self._filters.clear()
-
-    def __enter__(self) -> ColumnIndex:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

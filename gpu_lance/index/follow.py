@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
 from gpu_lance.device import is_out_of_memory, release_cache
 from gpu_lance.errors import IndexBackendError
+from gpu_lance.index.chunks import ChunkStore, DoesNotNarrowError, NoRoomError
 from gpu_lance.index.plan import Home, Plan, Step, plan
 from gpu_lance.index.read import check_column, read_blocks
 from gpu_lance.index.snapshot import Snapshot
-from gpu_lance.index.store import DoesNotNarrowError, NoRoomError, ResidentStore
+from gpu_lance.index.store import ResidentStore
 from gpu_lance.index.sync import Changes, Difference, Held, Mark, changes, difference
 from gpu_lance.optional import require
 from gpu_lance.storage import operation_of
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EXTRAS = "cpu|cuda13|cuda12"
+Sn = TypeVar("Sn", bound=Snapshot)
 KEPT_VERSIONS = 64
 KEPT_BYTES = 64 << 20  # of what versions have of their own, beside the rows
 
@@ -52,8 +56,8 @@ class Refresh:
     seconds: float = 0.0
 
 
-class Follower:
-    """Holds the rows of one vector column at the versions that were asked for last.
+class Following(ABC, Generic[Sn]):
+    """Holds the rows of one column at the versions that were asked for last.
 
     One store serves all versions that it can tell apart by live bits: rows that a version adds go
     to fresh slots, and snapshots of earlier versions stay as they are. It goes from one version to
@@ -83,9 +87,9 @@ class Follower:
         self.plan: Plan | None = None
         self.refresh = Refresh()
         self._lock = threading.RLock()
-        self._store: ResidentStore | None = None
+        self._store: ChunkStore[Sn] | None = None
         self._held: Held | None = None
-        self._kept: OrderedDict[Mark, Snapshot] = OrderedDict()
+        self._kept: OrderedDict[Mark, Sn] = OrderedDict()
         self._allowance = 0  # bytes of the plan that no chunk has taken yet
         self._narrows = True
         self._warned = False
@@ -97,11 +101,31 @@ class Follower:
         return None if held is None else held.mark.version
 
     @property
-    def store(self) -> ResidentStore | None:
+    def store(self) -> ChunkStore[Sn] | None:
         """The rows of that version, if they are held."""
         return self._store
 
-    def at(self, dataset: lance.LanceDataset, mark: Mark) -> Snapshot | None:
+    # ------------------------------------------------------- what columns differ in
+
+    @abstractmethod
+    def dtype(self, dataset: lance.LanceDataset) -> np.dtype:
+        """Of the column's values as stored; SchemaError if it is no such column."""
+
+    @abstractmethod
+    def _expected(self, dataset: lance.LanceDataset, exactly: bool) -> int:
+        """How many rows of the matrix the column takes; unless `exactly`, it may be a guess."""
+
+    @abstractmethod
+    def _make(self, dtype: torch.dtype, **how: Any) -> ChunkStore[Sn]:
+        """An empty store."""
+
+    @abstractmethod
+    def _take(self, dataset: lance.LanceDataset, **which: Any) -> Iterator[np.ndarray]:
+        """Add some of the column's rows to the store; gives their row ids, block by block."""
+
+    # ------------------------------------------------------------------ searching
+
+    def at(self, dataset: lance.LanceDataset, mark: Mark) -> Sn | None:
         """The rows of the dataset's version; None if the column is not held.
 
         Parameters
@@ -192,10 +216,8 @@ class Follower:
         """Take in rows that are new, or newer than what is held of them."""
         assert self._store is not None
         before, seen = len(self._store.slots), []
-        for block in read_blocks(dataset, self.column, self.ndims, **which):  # type: ignore[arg-type]
-            self._store.add(block.vectors, block.row_ids, block.updated, block.valid)
-            if before:
-                seen.append(block.row_ids.copy())
+        for row_ids in self._take(dataset, **which):
+            seen += [row_ids.copy()] if before else []
         if seen:  # a vector that became null leaves its row too
             self._store.remove(np.concatenate(seen), before)
 
@@ -210,7 +232,7 @@ class Follower:
                 self._kept = OrderedDict({held.mark: snapshot})
             self.budget.settle(self)
 
-    def _keep(self, mark: Mark, snapshot: Snapshot) -> None:
+    def _keep(self, mark: Mark, snapshot: Sn) -> None:
         kept = OrderedDict(self._kept)  # readers look into the old one
         kept[mark] = snapshot
         kept.move_to_end(mark)
@@ -221,7 +243,7 @@ class Follower:
 
     # ------------------------------------------------------------------ loading
 
-    def _new_store(self, rows: int, dtype: np.dtype) -> ResidentStore | None:
+    def _new_store(self, rows: int, dtype: np.dtype) -> ChunkStore[Sn] | None:
         """A store for so many rows, with its memory reserved; None if they are not to be held."""
         torch = require("torch", extra=EXTRAS)
         chosen = self.plan = plan(
@@ -233,11 +255,12 @@ class Follower:
             logger.info("index of %r: %s", self.column, chosen.reason)
         self._allowance = chosen.nbytes
         host = chosen.home is Home.HOST
-        store = ResidentStore(
-            self.ndims, getattr(torch, chosen.dtype.name), self.device,
+        store = self._make(
+            getattr(torch, chosen.dtype.name),
             home=torch.device("cpu") if host else None,
-            reserve=self._reserve, release=self._release,
-        )  # fmt: skip
+            reserve=self._reserve,
+            release=self._release,
+        )
         store.expect(rows)
         return store
 
@@ -254,11 +277,11 @@ class Follower:
 
     def _load(self, dataset: lance.LanceDataset, mark: Mark) -> str:
         """Hold the dataset's version, in the form for which there is memory."""
-        rows, dtype = dataset.count_rows(), stored_dtype(dataset, self.column, self.ndims)
-        ran_out = False
+        dtype = self.dtype(dataset)
+        ran_out = exactly = False
         while True:
             try:
-                self._store = self._new_store(rows, dtype)
+                self._store = self._new_store(self._expected(dataset, exactly), dtype)
                 if self._store is None:
                     self._held = None
                     return "streamed"
@@ -268,6 +291,11 @@ class Follower:
             except DoesNotNarrowError as error:
                 logger.warning("index of %r: %s", self.column, error)
                 self._narrows = False
+            except NoRoomError as error:
+                if exactly:
+                    raise IndexBackendError(f"Column {self.column!r} grew: {error}") from error
+                exactly = True  # there is more than was guessed
+                logger.info("index of %r: %s Counting its rows", self.column, error)
             except (RuntimeError, MemoryError) as error:
                 if ran_out or not is_out_of_memory(error):
                     raise
@@ -278,15 +306,19 @@ class Follower:
 
     # --------------------------------------------------------------- own commits
 
-    def append(
+    def _append(
         self,
         before: int,
         dataset: lance.LanceDataset,
-        vectors: torch.Tensor,
-        row_ids: np.ndarray,
-        valid: np.ndarray | None = None,
+        count: int,
+        rows: int,
+        add: Callable[[ChunkStore[Sn], int], None],
     ) -> None:
-        """See :meth:`gpu_lance.index.column.ColumnIndex.append`."""
+        """See :meth:`gpu_lance.index.column.ColumnIndex.append`.
+
+        `add` adds the `count` rows to a store, as last changed by a version; they take `rows` rows
+        of the matrix.
+        """
         with self._lock:
             start = time.perf_counter()
             mark = Mark.of(dataset, self.column)
@@ -295,16 +327,15 @@ class Follower:
                 return
             try:
                 if self._held is None or operation == "Overwrite":
-                    if dataset.count_rows() != len(row_ids):
+                    if dataset.count_rows() != count:
                         return
                     self.drop()
-                    dtype = stored_dtype(dataset, self.column, self.ndims)
-                    self._store = self._new_store(len(row_ids), dtype)
+                    self._store = self._new_store(rows, self.dtype(dataset))
                 elif not self._is_next(dataset, mark):
                     return
                 if self._store is None:
                     return
-                self._store.add(vectors, row_ids, mark.version, valid)
+                add(self._store, mark.version)
                 self._publish(Held.of(dataset, self.column))
             except BaseException as error:
                 self.drop()
@@ -349,6 +380,42 @@ class Follower:
             return True
         finally:
             self._lock.release()
+
+
+class Follower(Following[Snapshot]):
+    """Holds the rows of a column with one vector a row; see :class:`Following`."""
+
+    def dtype(self, dataset: lance.LanceDataset) -> np.dtype:
+        """See :meth:`Following.dtype`."""
+        return stored_dtype(dataset, self.column, self.ndims)
+
+    def _expected(self, dataset: lance.LanceDataset, exactly: bool) -> int:
+        return dataset.count_rows()
+
+    def _make(self, dtype: torch.dtype, **how: Any) -> ResidentStore:
+        return ResidentStore(self.ndims, dtype, self.device, **how)
+
+    def _take(self, dataset: lance.LanceDataset, **which: Any) -> Iterator[np.ndarray]:
+        assert isinstance(self._store, ResidentStore)
+        for block in read_blocks(dataset, self.column, self.ndims, **which):
+            self._store.add(block.vectors, block.row_ids, block.updated, block.valid)
+            yield block.row_ids
+
+    def append(
+        self,
+        before: int,
+        dataset: lance.LanceDataset,
+        vectors: torch.Tensor,
+        row_ids: np.ndarray,
+        valid: np.ndarray | None = None,
+    ) -> None:
+        """See :meth:`gpu_lance.index.column.ColumnIndex.append`."""
+
+        def add(store: ChunkStore[Snapshot], version: int) -> None:
+            assert isinstance(store, ResidentStore)
+            store.add(vectors, row_ids, version, valid)
+
+        self._append(before, dataset, len(row_ids), len(row_ids), add)
 
 
 def stored_dtype(dataset: lance.LanceDataset, column: str, ndims: int) -> np.dtype:

@@ -103,29 +103,78 @@ def read_blocks(
     [[[0.0, 0.0], [3.0, 4.0]]]
     """
     width = check_column(dataset, column, ndims)
-    if sum(choice is not None for choice in (since, row_ids, where)) > 1:
-        raise QueryError("Give one of since, row_ids and where, or none of them.")
-    stable = bool(dataset.has_stable_row_ids)
-    if since is not None and not stable:
+    rows = max(1, BLOCK_BYTES // (ndims * width))
+    found = read_batches(
+        dataset, column, rows, ndims * width,
+        since=since, inserted_only=inserted_only, row_ids=row_ids, where=where,
+    )  # fmt: skip
+    if found is not None:
+        return (_block(batch, column, ndims, width) for batch in found)
+    return _picked(read_blocks(dataset, column, ndims), known_ids(row_ids))
+
+
+def known_ids(row_ids: np.ndarray | None) -> np.ndarray:
+    """The ids, each once, ascending, without those that no row can have."""
+    wanted = np.unique(np.asarray(row_ids, np.int64))
+    return wanted[wanted >= 0]
+
+
+def names_for(dataset: lance.LanceDataset, column: str) -> list[str]:
+    """The column, and that of the versions of last changes if there is one."""
+    return [column, UPDATED] if dataset.has_stable_row_ids else [column]
+
+
+def condition_for(
+    dataset: lance.LanceDataset, since: int | None, inserted_only: bool, where: str | None
+) -> str | None:
+    """The condition for what :func:`read_blocks` is to read."""
+    if since is None:
+        return where
+    if not dataset.has_stable_row_ids:
         raise QueryError(
             "The table has no stable row ids, so Lance does not know which rows changed since "
             f"version {since}. Read the whole column."
         )
-    rows = max(1, BLOCK_BYTES // (ndims * width))
-    names = [column, UPDATED] if stable else [column]
+    return f"{CREATED if inserted_only else UPDATED} > {int(since)}"
+
+
+def read_batches(
+    dataset: lance.LanceDataset,
+    column: str,
+    rows: int,
+    row_bytes: int,
+    *,
+    since: int | None = None,
+    inserted_only: bool = False,
+    row_ids: np.ndarray | None = None,
+    where: str | None = None,
+) -> Iterator[pa.RecordBatch] | None:
+    """The batches that :func:`read_blocks` is made of, none of them empty.
+
+    Parameters
+    ----------
+    rows : int
+        In a batch, at most.
+    row_bytes : int
+        About what a value of the column takes.
+
+    Returns
+    -------
+    iterator of pyarrow.RecordBatch or None
+        None where `row_ids` are picked out of a scan of all rows with less effort.
+    """
+    if sum(choice is not None for choice in (since, row_ids, where)) > 1:
+        raise QueryError("Give one of since, row_ids and where, or none of them.")
+    condition = condition_for(dataset, since, inserted_only, where)
+    names = names_for(dataset, column)
+    whole = dataset.count_rows()
     if row_ids is not None:
-        wanted = np.unique(np.asarray(row_ids, np.int64))
-        wanted = wanted[wanted >= 0]
+        wanted = known_ids(row_ids)
         if not len(wanted):
             return iter(())
-        whole = dataset.count_rows()
-        if _looked_up(wanted, whole, ndims * width):
-            batches = _take(dataset, wanted, rows, names)
-            return (_block(batch, column, ndims, width) for batch in batches)
-        return _picked(read_blocks(dataset, column, ndims), wanted)
-    condition = where
-    if since is not None:
-        condition = f"{CREATED if inserted_only else UPDATED} > {int(since)}"
+        if _looked_up(wanted, whole, row_bytes):
+            return take_batches(dataset, wanted, rows, names)
+        return None
     scan = functools.partial(
         dataset.to_batches,
         columns=names,
@@ -136,10 +185,10 @@ def read_blocks(
     )
     # not for little, nor in memory: Lance keeps large buffers of small files there, which the
     # system would not have backed by memory
-    if dataset.count_rows() * ndims * width >= WORTH_BYTES and not _in_memory(dataset):
+    if whole * row_bytes >= WORTH_BYTES and not _in_memory(dataset):
         np.empty(LARGEST_KEPT_BYTES, np.uint8)  # freed at once and never touched: see above
     batches = batches_of(scan) if where is None else _asked(scan)
-    return (_block(batch, column, ndims, width) for batch in batches if batch.num_rows)
+    return (batch for batch in batches if batch.num_rows)
 
 
 def _in_memory(dataset: lance.LanceDataset) -> bool:
@@ -182,9 +231,10 @@ def _looked_up(wanted: np.ndarray, whole: int, row_bytes: int) -> bool:
     return bool(len(wanted) * row_bytes + runs * RUN_BYTES < max(whole, 1) * row_bytes)
 
 
-def _take(
+def take_batches(
     dataset: lance.LanceDataset, wanted: np.ndarray, rows: int, names: list[str]
 ) -> Iterator[pa.RecordBatch]:
+    """The rows with ascending ids `wanted`, in batches of at most `rows`."""
     # without the address Lance cannot take the version
     columns = [*names, ROW_ID, ROW_ADDRESS]
 
@@ -223,10 +273,15 @@ class _Memory:
         }
 
 
-def _block(batch: pa.RecordBatch, column: str, ndims: int, width: int) -> Block:
-    array, n = batch[column], batch.num_rows
+def matrix(
+    array: pa.FixedSizeListArray, ndims: int, width: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """A view of the vectors (n, d), and which of them have no null (n,); None if all."""
+    n = len(array)
     values = array.values.slice(array.offset * ndims, n * ndims)
     memory = values.buffers()[1]
+    if memory is None or not n:  # no value at all
+        return np.zeros((n, ndims), np.dtype(f"f{width}")), None if not n else np.zeros(n, bool)
     vectors = np.asarray(
         _Memory(memory, memory.address + values.offset * width, (n, ndims), np.dtype(f"f{width}"))
     )
@@ -236,10 +291,20 @@ def _block(batch: pa.RecordBatch, column: str, ndims: int, width: int) -> Block:
     if values.null_count:
         whole = values.is_valid().to_numpy(zero_copy_only=False).reshape(n, ndims).all(axis=1)
         valid = whole if valid is None else valid & whole
-    updated = np.zeros(n, np.int64)
+    return vectors, valid
+
+
+def names_of(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
+    """Row ids (n,) int64 of a batch, and the versions of the rows' last changes, 0 if unknown."""
+    updated = np.zeros(batch.num_rows, np.int64)
     if UPDATED in batch.schema.names:
         updated = _int64(batch[UPDATED].fill_null(0))
-    return Block(vectors, _int64(batch[ROW_ID]), updated, valid)
+    return _int64(batch[ROW_ID]), updated
+
+
+def _block(batch: pa.RecordBatch, column: str, ndims: int, width: int) -> Block:
+    vectors, valid = matrix(batch[column], ndims, width)
+    return Block(vectors, *names_of(batch), valid)
 
 
 def _int64(numbers: pa.Array) -> np.ndarray:

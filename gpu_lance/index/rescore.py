@@ -54,7 +54,7 @@ def tree_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 def wide(vectors: torch.Tensor) -> torch.Tensor:
-    """A float64 copy, on the vectors' device if it has float64, else on the CPU."""
+    """The vectors in float64, on the vectors' device if it has float64, else on the CPU."""
     return (vectors.cpu() if vectors.device.type == "mps" else vectors).double()
 
 
@@ -76,7 +76,7 @@ def root(values: torch.Tensor) -> torch.Tensor:
 def norms(vectors: torch.Tensor) -> torch.Tensor:
     """Euclidean norms of (n, d) vectors, float64 (n,), as :func:`wide` places them."""
     values = wide(vectors)
-    return root(tree_sum(values.mul_(values)))
+    return root(tree_sum(values * values))
 
 
 def normalised(vectors: torch.Tensor) -> torch.Tensor:
@@ -126,17 +126,26 @@ def exact_distances(
     for start in range(0, len(slots), step):
         some, of = slots[start : start + step], query_index[start : start + step].to(exact.device)
         x = wide(values(some)).to(exact.device)
-        if metric is Metric.L2:
-            x.sub_(exact[of])
-            found = tree_sum(x.mul_(x))
-        elif lengths is None:
-            found = 1 - tree_sum(x.mul_(exact[of]))
-        else:
-            squares = tree_sum(x * x)
-            found = 1 - tree_sum(x.mul_(exact[of])) / (lengths[of] * root(squares))
-            found.clamp_(min=0)  # a vector's distance to itself, which rounding may put below
+        found = pair_distances(metric, x, exact[of], None if lengths is None else lengths[of])
         out[start : start + step] = found.float().cpu().numpy()
     return out
+
+
+def pair_distances(
+    metric: Metric, x: torch.Tensor, queries: torch.Tensor, lengths: torch.Tensor | None
+) -> torch.Tensor:
+    """The distance of each pair, (p,) float64, of (p, d) float64; `x` is overwritten.
+
+    `lengths`, (p,), are the norms of `queries`, for cosine only.
+    """
+    if metric is Metric.L2:
+        x.sub_(queries)
+        return tree_sum(x.mul_(x))
+    if lengths is None:
+        return 1 - tree_sum(x.mul_(queries))
+    squares = tree_sum(x * x)
+    found = 1 - tree_sum(x.mul_(queries)) / (lengths * root(squares))
+    return found.clamp_(min=0)  # a vector's distance to itself, which rounding may put below
 
 
 def rank(row_ids: np.ndarray, distances: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from gpu_lance.device import resolve_device
 from gpu_lance.index.budget import Budget
 from gpu_lance.index.column import ColumnIndex
+from gpu_lance.index.multi_column import MultiColumnIndex
 
 if TYPE_CHECKING:
     import torch
 
+Index = TypeVar("Index", ColumnIndex, MultiColumnIndex)
+
 
 class ResidentIndexes:
-    """One :class:`ColumnIndex` a vector column, made when it is first asked for.
+    """One index a vector column, made when it is first asked for.
 
     All handles of a table in one connection share it, so that a column is on the device once.
 
@@ -37,7 +40,7 @@ class ResidentIndexes:
         self._wanted = device
         self._budget = budget
         self._lock = threading.Lock()
-        self._indexes: dict[str, ColumnIndex] = {}
+        self._indexes: dict[str, ColumnIndex | MultiColumnIndex] = {}
 
     @functools.cached_property
     def device(self) -> torch.device:
@@ -56,17 +59,26 @@ class ResidentIndexes:
         return int(min(known["free"], limit) // 4)
 
     def of(self, column: str, ndims: int) -> ColumnIndex:
-        """The index of a column; a column whose vectors changed length gets a new one."""
+        """The index of a column with one vector a row.
+
+        A column whose vectors changed length gets a new one.
+        """
+        return self._of(ColumnIndex, column, ndims)
+
+    def of_multi(self, column: str, ndims: int) -> MultiColumnIndex:
+        """The index of a multivector column."""
+        return self._of(MultiColumnIndex, column, ndims)
+
+    def _of(self, kind: type[Index], column: str, ndims: int) -> Index:
         with self._lock:
             index = self._indexes.get(column)
-            if index is None or index.ndims != ndims:
+            if not isinstance(index, kind) or index.ndims != ndims:
                 if index is not None:
                     index.close()
-                index = ColumnIndex(column, ndims, self.device, self.budget)
-                self._indexes[column] = index
+                index = self._indexes[column] = kind(column, ndims, self.device, self.budget)
             return index
 
-    def held(self) -> dict[str, ColumnIndex]:
+    def held(self) -> dict[str, ColumnIndex | MultiColumnIndex]:
         """Those that were asked for, by column."""
         with self._lock:
             return dict(self._indexes)

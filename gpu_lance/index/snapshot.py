@@ -151,7 +151,7 @@ class Snapshot:
     @functools.cached_property
     def live_mask(self) -> Mask | None:
         """The rows that there are; None for every slot."""
-        return None if self.live is None else Mask(_settled(self.live, self.device), self.num_live)
+        return None if self.live is None else Mask(settled(self.live, self.device), self.num_live)
 
     @functools.cached_property
     def directed_mask(self) -> Mask | None:
@@ -174,7 +174,7 @@ class Snapshot:
         slots = find(self.row_ids, self.live, row_ids, self._order)
         bits = np.zeros(len(self), bool)
         bits[slots[slots >= 0]] = True
-        return Mask(_settled(bits, self.device), int(np.count_nonzero(bits)))
+        return Mask(settled(bits, self.device), int(np.count_nonzero(bits)))
 
     def pieces(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """First slot, vectors (t, d) and norms (t,) on the device, in large pieces.
@@ -243,7 +243,7 @@ class Snapshot:
         return bits + sum(order.nbytes for order in self._order)
 
 
-def _settled(bits: np.ndarray, device: torch.device) -> torch.Tensor:
+def settled(bits: np.ndarray, device: torch.device) -> torch.Tensor:
     """The bits on the device, there for every stream."""
     tensor = as_tensor(bits, device)
     if device.type == "cuda":

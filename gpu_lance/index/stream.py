@@ -89,29 +89,44 @@ def stream(
         How many rows went by.
     """
     queries = checked(queries, k, ndims, device)
-    ids = np.full((len(queries), 0), NO_ROW, np.int64)
-    distances = np.full((len(queries), 0), np.inf, np.float32)
+
+    def found() -> Iterator[tuple[int, SearchResult]]:
+        for snapshot, stored in _pieces(blocks, ndims, device):
+            exact = ExactSearch(snapshot, metric, planner, stored)
+
+            def one(some: torch.Tensor, k: int, exact: ExactSearch = exact) -> SearchResult:
+                return exact.search(some, k, lower=lower, upper=upper)
+
+            rows = snapshot.num_live
+            yield rows, run(one, queries, min(k, max(1, rows)))
+
+    return merged(found(), len(queries), k)
+
+
+def merged(parts: Iterable[tuple[int, SearchResult]], m: int, k: int) -> tuple[SearchResult, int]:
+    """The k nearest of m queries over all parts, and how many rows those had.
+
+    Parameters
+    ----------
+    parts : iterable
+        How many rows a part has, and its nearest ones.
+    """
+    ids = np.full((m, 0), NO_ROW, np.int64)
+    distances = np.full((m, 0), np.inf, np.float32)
     rows = 0
-    for snapshot, stored in _pieces(blocks, ndims, device):
-        rows += snapshot.num_live
-        search = ExactSearch(snapshot, metric, planner, stored)
-
-        def one(some: torch.Tensor, k: int, search: ExactSearch = search) -> SearchResult:
-            return search.search(some, k, lower=lower, upper=upper)
-
-        found = run(one, queries, min(k, max(1, snapshot.num_live)))
-        names = np.where(found.row_ids < 0, NO_ROW, found.row_ids)
+    for count, part in parts:
+        rows += count
+        names = np.where(part.row_ids < 0, NO_ROW, part.row_ids)
         width = min(k, ids.shape[1] + names.shape[1])
-        check_room(len(queries), width)
+        check_room(m, width)
         ids, distances = rank(
             np.concatenate([ids, names], axis=1),
-            np.concatenate([distances, found.distances], axis=1),
+            np.concatenate([distances, part.distances], axis=1),
             width,
         )
     if ids.shape[1] == 0:
-        return SearchResult.empty(len(queries), 1), rows
-    result = SearchResult(np.where(ids == NO_ROW, -1, ids), distances)
-    return result, rows
+        return SearchResult.empty(m, 1), rows
+    return SearchResult(np.where(ids == NO_ROW, -1, ids), distances), rows
 
 
 def _pieces(

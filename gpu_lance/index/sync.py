@@ -142,11 +142,22 @@ def _field_id(dataset: lance.LanceDataset, column: str) -> int:
     )
 
 
+def fields_below(dataset: lance.LanceDataset, field_id: int) -> set[int]:
+    """The ids of a column's field and of all that is in it: a list's values are a field too."""
+    found = {field_id}
+    for field in dataset.lance_schema.fields():
+        open_ = [field] if field.id() == field_id else []
+        while open_:
+            open_ += open_[0].children()
+            found.add(int(open_.pop(0).id()))
+    return found
+
+
 def _files(dataset: lance.LanceDataset, field_id: int) -> dict[int, tuple[str, ...]]:
-    found = {}
+    found, fields = {}, fields_below(dataset, field_id)
     for fragment in dataset.get_fragments():
         meta = fragment.metadata
-        paths = [file.path for file in meta.files if field_id in file.fields]
+        paths = [file.path for file in meta.files if fields.intersection(file.fields)]
         paths += [str(overlay) for overlay in meta.overlays]
         found[meta.id] = tuple(paths)
     return found
@@ -210,7 +221,8 @@ def changes(dataset: lance.LanceDataset, held: Held, column: str) -> Changes | s
     except GONE as error:
         return f"its history is gone ({first_line(error)})"
     # if rows were only moved or deleted there is none to read, which a scan finds out cheaply
-    elsewhere = all(_elsewhere(op, now.field_id) for name, op in operations if name == "Update")
+    fields = fields_below(dataset, now.field_id)
+    elsewhere = all(_elsewhere(op, fields) for name, op in operations if name == "Update")
     return Changes(deleted, mark.version, elsewhere)
 
 
@@ -255,14 +267,17 @@ def _unseen(
         return f"version {version} was made by {name}"
     if name == "Update":
         named = list(operation.fields_modified)
-        in_place = field_id in named or (operation.update_mode == "rewrite_columns" and not named)
+        fields = fields_below(dataset, field_id)
+        in_place = bool(fields.intersection(named)) or (
+            operation.update_mode == "rewrite_columns" and not named
+        )
         marked = set(operation.updated_fragment_offsets or ())
         if in_place and not marked.issuperset(f.id for f in operation.updated_fragments):
             return f"version {version} rewrote the column"
     return None
 
 
-def _elsewhere(update: Any, field_id: int) -> bool:
+def _elsewhere(update: Any, column: set[int]) -> bool:
     """Whether an update is known to have left the column as it was.
 
     Lance lists the fields that an update set, to keep rewritten rows in the indexes of the other
@@ -272,8 +287,8 @@ def _elsewhere(update: Any, field_id: int) -> bool:
     return (
         update.update_mode == "rewrite_rows"
         and bool(fields)
-        and field_id not in fields
-        and field_id not in update.fields_modified
+        and column.isdisjoint(fields)
+        and column.isdisjoint(update.fields_modified)
     )
 
 
@@ -422,8 +437,10 @@ def _places(row_ids: np.ndarray, there: np.ndarray) -> np.ndarray:
     return np.where(row_ids[place] == there, place, -1)
 
 
-def matching_row_ids(dataset: lance.LanceDataset, where: str) -> np.ndarray:
+def matching_row_ids(dataset: lance.LanceDataset, where: str | None) -> np.ndarray:
     """Row ids (n,) int64 for which an SQL condition holds; Lance uses its scalar indexes.
+
+    None holds for every row.
 
     Raises
     ------

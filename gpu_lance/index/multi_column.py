@@ -1,0 +1,196 @@
+"""The index of one multivector column of a table, kept in step with its Lance dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gpu_lance.device import check_threads
+from gpu_lance.index.base import SearchResult
+from gpu_lance.index.budget import Budget
+from gpu_lance.index.column import FollowingIndex
+from gpu_lance.index.multi_follow import MultiFollower
+from gpu_lance.index.multi_read import read_documents
+from gpu_lance.index.multi_search import MultiSearch, checked
+from gpu_lance.index.multi_store import MultiSnapshot, MultiStore
+from gpu_lance.index.multi_stream import lookup, pieces
+from gpu_lance.index.snapshot import Mask
+from gpu_lance.index.stream import merged
+from gpu_lance.index.sync import Mark
+from gpu_lance.index.worker import Worker
+from gpu_lance.types import Metric
+
+if TYPE_CHECKING:
+    import lance
+    import torch
+
+
+class MultiColumnIndex(FollowingIndex[MultiSnapshot]):
+    """Searches one multivector column of a table at the version that the caller asks for.
+
+    A row is a document of any number of vectors, and so is a query: the distance is the sum, over
+    the query's vectors, of the least distance of any of the document's; see
+    :class:`~gpu_lance.index.multi_search.MultiSearch`. All else is as with
+    :class:`~gpu_lance.index.column.ColumnIndex`, and so are the parameters; but searches that wait
+    at the same time run one after the other.
+
+    Examples
+    --------
+    >>> import lance, numpy as np, pyarrow as pa, torch
+    >>> kind = pa.list_(pa.list_(pa.float32(), 2))
+    >>> documents = pa.array([[[0, 0], [3, 4]], [[9, 9]]], kind)
+    >>> dataset = lance.write_dataset(
+    ...     pa.table({"vectors": documents}), "memory://", enable_stable_row_ids=True
+    ... )
+    >>> query = torch.tensor([[3.0, 3.0], [0.0, 1.0]])
+    >>> with MultiColumnIndex("vectors", 2, torch.device("cpu")) as index:
+    ...     index.search(dataset, query, np.array([0, 2]), 1, Metric.L2).distances.tolist()
+    [[2.0]]
+    """
+
+    _follower: MultiFollower
+
+    def __init__(
+        self, column: str, ndims: int, device: torch.device, budget: Budget | None = None
+    ) -> None:
+        follower = MultiFollower(column, int(ndims), device, budget or Budget.of(device))
+        super().__init__(column, ndims, device, follower)
+
+    def _engine(self) -> dict[str, Any]:
+        return {"engine": "torch", "reason": "MaxSim is a product and a maximum over documents"}
+
+    def search(
+        self,
+        dataset: lance.LanceDataset,
+        queries: torch.Tensor,
+        offsets: np.ndarray,
+        k: int,
+        metric: Metric,
+        *,
+        where: str | None = None,
+        lower: float | None = None,
+        upper: float | None = None,
+        pad: bool = True,
+    ) -> SearchResult:
+        """The `k` nearest rows of each query in the dataset's version.
+
+        Parameters
+        ----------
+        dataset : lance.LanceDataset
+            At the version to search.
+        queries : torch.Tensor
+            (t, d), finite, preferably on the index's device.
+        offsets : numpy.ndarray
+            (m + 1,) integers from 0 to t: query i has the vectors offsets[i] to offsets[i + 1].
+        k : int
+            At least 1.
+        metric : Metric
+        where : str, optional
+            An SQL condition; only rows that meet it are searched.
+        lower, upper : float, optional
+            Only rows with lower <= distance < upper count.
+        pad : bool
+            False leaves the result with fewer columns than `k` where fewer rows are searched.
+
+        Returns
+        -------
+        SearchResult
+            (m, k).
+
+        Raises
+        ------
+        QueryError
+            If the condition, k, the vectors' length or the offsets are wrong, a query has no
+            vector, or the result is too large.
+        BadVectorError
+            If a query holds NaN or infinity.
+        IndexBackendError
+            If the device has no memory for what was planned.
+        """
+        metric = Metric.parse(metric)
+        check_threads()
+        raw, bounds = checked(queries, offsets, k, self.ndims, self.device)
+        mark = Mark.of(dataset, self.column)
+        snapshot = self._follower.at(dataset, mark)
+        worker = Worker.of(self.device)
+
+        def run(search: MultiSearch, k: int, allowed: Mask | None = None) -> SearchResult:
+            def one(some: torch.Tensor, k: int) -> SearchResult:
+                return search.search(some, bounds, k, allowed=allowed, lower=lower, upper=upper)
+
+            # a key of its own: what comes back has other rows than what is given
+            return worker.search(object(), raw, k, one)
+
+        if snapshot is None:
+            found = self._streamed(dataset, run, len(bounds) - 1, k, metric, where)
+            return found.padded(k) if pad else found
+        allowed = None if where is None else self._allowed(dataset, mark, snapshot, where)
+        qualify = self._scanned = snapshot.num_live if allowed is None else allowed.count
+        stored = None
+        if snapshot.dtype.itemsize < self._follower.dtype(dataset).itemsize:
+            stored = lookup(dataset, self.column, snapshot)
+        found = run(MultiSearch(snapshot, metric, stored), min(k, max(1, qualify)), allowed)
+        return found.padded(k) if pad else found
+
+    def _streamed(
+        self,
+        dataset: lance.LanceDataset,
+        run: Any,
+        m: int,
+        k: int,
+        metric: Metric,
+        where: str | None,
+    ) -> SearchResult:
+        def parts() -> Iterator[tuple[int, SearchResult]]:
+            blocks = read_documents(dataset, self.column, self.ndims, where=where)
+            for snapshot, stored in pieces(blocks, self.ndims, self.device):
+                rows = snapshot.num_live
+                yield rows, run(MultiSearch(snapshot, metric, stored), min(k, max(1, rows)))
+
+        result, self._scanned = merged(parts(), m, k)
+        return result
+
+    def append(
+        self,
+        before: int,
+        dataset: lance.LanceDataset,
+        vectors: torch.Tensor,
+        offsets: np.ndarray,
+        row_ids: np.ndarray,
+        valid: np.ndarray | None = None,
+    ) -> None:
+        """Take in the rows of an own commit, straight from the tensors that were stored.
+
+        See :meth:`gpu_lance.index.column.ColumnIndex.append`.
+
+        Parameters
+        ----------
+        before : int
+            The version that the rows were added to.
+        dataset : lance.LanceDataset
+            At the version that the commit made.
+        vectors : torch.Tensor
+            (t, d) as stored, on the device.
+        offsets : numpy.ndarray
+            (n + 1,) integers from 0 to t: row i has the vectors offsets[i] to offsets[i + 1].
+        row_ids : numpy.ndarray
+            (n,) integers, in the same order.
+        valid : numpy.ndarray, optional
+            (n,) bool, False for rows that are null.
+        """
+        check_threads()
+        self._follower.append(before, dataset, vectors, offsets, row_ids, valid)
+
+    def info(self) -> dict[str, Any]:
+        """What is held where; see :meth:`gpu_lance.index.column.ColumnIndex.info`.
+
+        Returns
+        -------
+        dict
+            With ``vectors``, how many the rows have together.
+        """
+        store = self._follower.store
+        held = store.num_vectors if isinstance(store, MultiStore) else 0
+        return {**super().info(), "vectors": held}

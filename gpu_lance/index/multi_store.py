@@ -1,0 +1,281 @@
+"""The resident store of a multivector column: chunks of vectors, and which document has which."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gpu_lance.errors import BadVectorError
+from gpu_lance.index.chunks import MAX_DEAD, ChunkStore, picked
+from gpu_lance.index.snapshot import Mask, Snapshot, settled
+from gpu_lance.optional import require
+
+if TYPE_CHECKING:
+    import torch
+
+EXTRAS = "cpu|cuda13|cuda12"
+
+
+@dataclass(frozen=True, eq=False)
+class MultiSnapshot(Snapshot):
+    """The documents of one version, which nothing changes any more.
+
+    A slot is a document. Its vectors are rows of the matrix that follow each other in one chunk;
+    the rows are counted over all chunks, in the order of the slots. A document has at least one.
+
+    Parameters
+    ----------
+    ends : numpy.ndarray
+        (n,) int64, by slot: the matrix row behind the document's last one.
+    longest, shortest : numpy.ndarray
+        (n,) float32, by slot: the largest norm of its vectors, and the smallest of those that are
+        not 0; infinity if all are.
+    """
+
+    ends: np.ndarray = field(kw_only=True)
+    longest: np.ndarray = field(kw_only=True)
+    shortest: np.ndarray = field(kw_only=True)
+
+    @functools.cached_property
+    def bounds(self) -> np.ndarray:
+        """(n + 1,) int64: document i has the matrix rows bounds[i] to bounds[i + 1]."""
+        return np.concatenate([np.zeros(1, np.int64), self.ends])
+
+    @functools.cached_property
+    def directed_mask(self) -> Mask | None:
+        """The documents with a vector that is not of zeros; None for every slot."""
+        if not self.lengths.zeros:
+            return self.live_mask
+        bits = self.longest > 0
+        mask = Mask(settled(bits, self.device), int(np.count_nonzero(bits)))
+        return mask if self.live_mask is None else mask & self.live_mask
+
+    @property
+    def own_nbytes(self) -> int:
+        """See :attr:`Snapshot.own_nbytes`."""
+        return super().own_nbytes + (self.bounds.nbytes if "bounds" in self.__dict__ else 0)
+
+
+class MultiStore(ChunkStore[MultiSnapshot]):
+    """A growing set of documents with row ids: its writer's side, for one thread at a time.
+
+    See :class:`~gpu_lance.index.chunks.ChunkStore` for the parameters.
+
+    Examples
+    --------
+    >>> import torch
+    >>> store = MultiStore(2, torch.float32, torch.device("cpu"))
+    >>> vectors = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    >>> store.add(vectors, np.array([0, 2, 3]), np.array([7, 9]))
+    >>> store.publish().bounds.tolist(), store.num_vectors
+    ([0, 2, 3], 3)
+    """
+
+    def __init__(self, *args: object, **more: object) -> None:
+        super().__init__(*args, **more)  # type: ignore[arg-type]
+        self._forget_all()
+
+    def _forget_all(self) -> None:
+        self._ends = np.empty(0, np.int64)
+        self._longest = np.empty(0, np.float32)
+        self._shortest = np.empty(0, np.float32)
+
+    @property
+    def num_vectors(self) -> int:
+        """How many vectors the live documents have."""
+        n = len(self._slots)
+        return int((np.diff(self._ends[:n], prepend=0) * self._slots.live).sum())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the chunks and of what is known of the slots."""
+        known = (self._ends, self._longest, self._shortest)
+        return super().nbytes + sum(array.nbytes for array in known)
+
+    def add(
+        self,
+        vectors: torch.Tensor | np.ndarray,
+        offsets: np.ndarray,
+        row_ids: np.ndarray,
+        updated: np.ndarray | int = 0,
+        valid: np.ndarray | None = None,
+    ) -> None:
+        """Add documents under row ids that are not live here.
+
+        Null documents, those without vectors, and those with NaN or infinity in any vector are
+        left out.
+
+        Parameters
+        ----------
+        vectors : torch.Tensor or numpy.ndarray
+            (t, d), of any float type, preferably a tensor on the device, or an array that was
+            read. Not kept, not changed.
+        offsets : numpy.ndarray
+            (n + 1,) integers from 0 to t: document i has the vectors offsets[i] to offsets[i + 1].
+        row_ids : numpy.ndarray
+            (n,) integers.
+        updated : numpy.ndarray or int
+            (n,) int64, the version of each row's last change.
+        valid : numpy.ndarray, optional
+            (n,) bool, False for null documents.
+
+        Raises
+        ------
+        BadVectorError
+            If the shapes do not fit.
+        NoRoomError
+            If the memory plan has no room; some of the documents may be in.
+        DoesNotNarrowError
+            If a value is beyond what the rows are held in, or a vector would become zero.
+        """
+        n = len(row_ids)
+        bounds = np.asarray(offsets, np.int64)
+        check_offsets(bounds, n, vectors, self.ndims, valid)
+        torch = require("torch", extra=EXTRAS)
+        ids = np.asarray(row_ids, np.int64)
+        when = np.broadcast_to(np.asarray(updated, np.int64), (n,))
+        lengths = np.diff(bounds)
+        there = lengths > 0 if valid is None else (lengths > 0) & np.asarray(valid, bool)
+        if not there.all():
+            if lengths[~there].any():
+                vectors = picked(vectors, np.repeat(there, lengths))
+            ids, when, lengths = ids[there], when[there], lengths[there]
+            bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        first = 0
+        with torch.inference_mode():
+            while first < len(ids):
+                at = self._current(bounds, first)
+                room = self._chunks[at].room - self._used[at]
+                stop = int(np.searchsorted(bounds, bounds[first] + room, side="right")) - 1
+                part = slice(first, stop)
+                self._documents(
+                    at, vectors[bounds[first] : bounds[stop]], lengths[part], ids[part], when[part]
+                )
+                first = stop
+        self._published = None
+
+    def _current(self, bounds: np.ndarray, first: int) -> int:
+        """The chunk that takes the document `first`; those before the last one used are closed."""
+        length = int(bounds[first + 1] - bounds[first])
+        used = [at for at, rows in enumerate(self._used) if rows]
+        for at in range(used[-1] if used else 0, len(self._chunks)):
+            if self._chunks[at].room - self._used[at] >= length:
+                return at
+        return self._grow(max(length, min(int(bounds[-1] - bounds[first]), self._most)))
+
+    def _documents(
+        self,
+        at: int,
+        vectors: torch.Tensor | np.ndarray,
+        lengths: np.ndarray,
+        ids: np.ndarray,
+        when: np.ndarray,
+    ) -> None:
+        """Write documents, for which there is room, into a chunk."""
+        start = self._used[at]
+        begins = np.cumsum(lengths) - lengths
+
+        def whole(finite: np.ndarray) -> np.ndarray:  # a document is in with all its vectors
+            return np.repeat(np.logical_and.reduceat(finite, begins), lengths)
+
+        kept = self._fill(at, vectors, whole)
+        if kept is not None:
+            there = kept[begins]
+            lengths, ids, when = lengths[there], ids[there], when[there]
+        if not len(ids):
+            return
+        norms = self._chunks[at].norms[start : self._used[at]].cpu().numpy()
+        begins = np.cumsum(lengths) - lengths
+        last = self._ends[len(self._slots) - 1] if len(self._slots) else 0
+        n = len(self._slots)
+        self._ends = _appended(self._ends, n, last + np.cumsum(lengths))
+        self._longest = _appended(self._longest, n, np.maximum.reduceat(norms, begins))
+        above = np.where(norms > 0, norms, np.float32(np.inf))
+        self._shortest = _appended(self._shortest, n, np.minimum.reduceat(above, begins))
+        self._slots.add(ids, when)
+
+    def reset(self) -> None:
+        """See :meth:`ChunkStore.reset`."""
+        super().reset()
+        self._forget_all()
+
+    # --------------------------------------------------------------- publishing
+
+    def publish(self) -> MultiSnapshot:
+        """The documents as they are now."""
+        if self._published is None:
+            slots = self._slots
+            n = len(slots)
+            full = slots.num_live == n
+            self._published = MultiSnapshot(
+                tuple(self._chunks), tuple(self._used), slots.row_ids,
+                None if full else slots.live.copy(), slots.num_live, self._lengths,
+                self.ndims, self.dtype, self.device, self._event(),
+                ends=self._ends[:n], longest=self._longest[:n], shortest=self._shortest[:n],
+            )  # fmt: skip
+        return self._published
+
+    @property
+    def wants_sweep(self) -> bool:
+        """Whether so many vectors are of dead documents that they should be swept out."""
+        rows = sum(self._used)
+        return len(self) < len(self._slots) and rows - self.num_vectors > MAX_DEAD * rows
+
+    def _slots_of(self, at: int) -> int:
+        first = sum(self._used[:at])
+        ends = self._ends[: len(self._slots)]
+        found = np.searchsorted(ends, [first, first + self._used[at]], side="right")
+        return int(found[1] - found[0])
+
+    def _kept(self, first: int, stop: int) -> np.ndarray:
+        before = self._ends[first - 1] if first else 0
+        lengths = np.diff(self._ends[first:stop], prepend=before)
+        return np.repeat(self._slots.live[first:stop], lengths)
+
+    def _forget(self, first: int, stop: int) -> None:
+        n = len(self._slots)
+        kept = np.ones(n, bool)
+        kept[first:stop] = self._slots.live[first:stop]
+        self._ends = np.cumsum(np.diff(self._ends[:n], prepend=0)[kept])
+        self._longest, self._shortest = self._longest[:n][kept], self._shortest[:n][kept]
+        super()._forget(first, stop)
+
+
+def check_offsets(
+    offsets: np.ndarray,
+    n: int,
+    vectors: torch.Tensor | np.ndarray,
+    ndims: int,
+    valid: np.ndarray | None = None,
+) -> None:
+    """Raise BadVectorError unless (t, d) vectors, (n + 1,) offsets and `valid` (n,) fit."""
+    fits = (
+        vectors.ndim == 2
+        and vectors.shape[1] == ndims
+        and offsets.shape == (n + 1,)
+        and offsets[0] == 0
+        and offsets[-1] == len(vectors)
+        and bool((np.diff(offsets) >= 0).all())
+        and (valid is None or len(valid) == n)
+    )
+    if not fits:
+        raise BadVectorError(
+            f"{n} documents of vectors of {ndims} values want vectors (t, {ndims}) and {n + 1} "
+            f"ascending offsets from 0 to t, got vectors of shape {tuple(vectors.shape)} and "
+            f"offsets of shape {offsets.shape}"
+            + (f" from {offsets[0]} to {offsets[-1]}." if offsets.size else ".")
+        )
+
+
+def _appended(array: np.ndarray, size: int, more: np.ndarray) -> np.ndarray:
+    """The first `size` values and more, in the same memory where that has room behind them."""
+    needed = size + len(more)
+    if needed > len(array):
+        bigger = np.empty(max(needed, size + size // 2), array.dtype)
+        bigger[:size] = array[:size]
+        array = bigger
+    array[size:needed] = more
+    return array
