@@ -87,8 +87,9 @@ def load_backbone(
 
 def _embedding_part(whole: Any) -> tuple[Any, str]:
     """The part of a model that embeds texts, and how the names of its weights begin."""
-    config = whole.config
-    if not getattr(config, "is_encoder_decoder", False) or config.model_type in _DECODE_THE_TEXT:
+    # by its parts, since the configuration of an encoder saved by itself denies the decoder
+    both = all(hasattr(whole, part) for part in ("encoder", "decoder"))
+    if not both or whole.config.model_type in _DECODE_THE_TEXT:
         return whole, ""
     encoder = whole.get_encoder()
     name = next((name for name, module in whole.named_modules() if module is encoder), "")

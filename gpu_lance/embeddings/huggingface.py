@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+# The most tokens of a text where a model's files state no limit: memory may grow with its square.
+NO_LIMIT_SAID = 4_096
+
 _MODES = {"mean": "mean", "cls": "cls", "last": "lasttoken"}
 
 
@@ -52,7 +55,7 @@ class TransformersEmbeddingFunction(TextModelFunction):
         ``"last"`` one, as models that only decode want it.
     max_length : int, optional
         The most tokens of a text, special ones included; the rest is cut off. None is what the
-        tokenizer allows, and no more than the model has positions for.
+        tokenizer allows, and no more than the model has positions for; 4,096 if neither says.
     show_progress_bar : bool
         Accepted, without effect.
 
@@ -111,7 +114,7 @@ class TransformersEmbeddingFunction(TextModelFunction):
             dims=self.ndims(),
             normalize=self.normalize,
             pooling=self.pooling,
-            max_length=str(self._limit() or ""),
+            max_length=str(self._limit()),
         )
 
     def forward(
@@ -127,7 +130,9 @@ class TransformersEmbeddingFunction(TextModelFunction):
         """Load the tokenizer."""
         model = self._model_folder()
         with load_errors(self._told(self.name)):
-            return load_plain_tokenizer(model.folder, self._limit(), self.trust_remote_code)
+            return load_plain_tokenizer(
+                model.folder, self.max_length, self._limit(), self.trust_remote_code
+            )
 
     def load_model(
         self, device: torch.device, dtype: torch.dtype
@@ -152,13 +157,13 @@ class TransformersEmbeddingFunction(TextModelFunction):
             )
         return model
 
-    def _limit(self) -> int | None:
-        """The most tokens of a text; None if neither the caller nor the model's files limit it."""
+    def _limit(self) -> int:
+        """The most tokens of a text."""
         model = self._model_folder()
         positions = model.positions
         if self.max_length is None:
             limits = [limit for limit in (model.tokenizer_limit, positions) if limit is not None]
-            return min(limits, default=None)
+            return min(limits, default=NO_LIMIT_SAID)
         if positions is not None and self.max_length > positions:
             raise BadInputError(
                 f"max_length is {self.max_length}, but the model {self._told(self.name)!r} has "

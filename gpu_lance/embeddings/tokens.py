@@ -149,11 +149,11 @@ class LibraryTokenizer:
     ----------
     tokenizer : transformers.PreTrainedTokenizerBase
         The model's tokenizer.
-    limit : int or None
+    limit : int
         The most tokens of a text, special ones included.
     """
 
-    def __init__(self, tokenizer: Any, limit: int | None) -> None:
+    def __init__(self, tokenizer: Any, limit: int) -> None:
         self.limit = limit
         self.hf = tokenizer
         self._lock = threading.Lock()
@@ -165,7 +165,7 @@ class LibraryTokenizer:
             with self._lock:
                 made = self.hf(
                     [prompt + text for text in chunk],
-                    truncation=self.limit is not None,
+                    truncation=True,
                     max_length=self.limit,
                     padding=False,
                     return_attention_mask=False,
@@ -182,7 +182,7 @@ class LibraryTokenizer:
 
 
 def load_plain_tokenizer(
-    folder: Path, limit: int | None, trust_remote_code: bool
+    folder: Path, asked: int | None, most: int, trust_remote_code: bool
 ) -> TextTokenizer | LibraryTokenizer:
     """Load the tokenizer of a plain transformers model, in its fast form if that gives the same.
 
@@ -190,31 +190,31 @@ def load_plain_tokenizer(
     ----------
     folder : pathlib.Path
         Of the model.
-    limit : int or None
-        The most tokens of a text, special ones included.
+    asked : int or None
+        The most tokens of a text, special ones included; None is what the tokenizer allows.
+    most : int
+        And no more than so many then.
     trust_remote_code : bool
         Whether code in the folder may run.
 
     Raises
     ------
     BadInputError
-        If `limit` leaves no room beside the special tokens.
+        If `asked` leaves no room beside the special tokens.
     """
     transformers = require("transformers", extra=EXTRA)
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         str(folder), trust_remote_code=trust_remote_code, local_files_only=True
     )
-    if limit is None and tokenizer.model_max_length < _NO_LIMIT:
-        limit = tokenizer.model_max_length
+    limit = int(min(most, tokenizer.model_max_length)) if asked is None else asked
     special = tokenizer.num_special_tokens_to_add(pair=False)
-    if limit is not None and limit <= special:
+    if limit <= special:
         raise BadInputError(
             f"max_length is {limit}, but the model puts {special} special tokens around each text; "
             f"it must be at least {special + 1}."
         )
     if _is_plain(tokenizer):
-        if limit is not None:
-            tokenizer.model_max_length = limit
+        tokenizer.model_max_length = limit
         loaded = TextTokenizer(tokenizer, limit)
         if loaded.agrees():
             return loaded

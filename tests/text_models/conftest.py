@@ -16,6 +16,17 @@ CORPUS = [
     "models read tokens; tokens make words; words make sentences",
 ]
 SIZES = {"hidden": 32, "layers": 2, "heads": 4, "positions": 66}
+# Families that call their sizes otherwise.
+OWN_NAMES: dict[str, dict[str, Any]] = {
+    "bart": {
+        "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+    },
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 66},
+    "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+    "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64},
+}  # fmt: skip
 # Which special tokens a family of models has, and how it frames a text.
 BERT_LIKE = ("bert", "distilbert", "electra", "mpnet", "modernbert")
 
@@ -91,8 +102,11 @@ def _config(kind: str, tokenizer: Any, **options: Any) -> Any:
         "pad_token_id": tokenizer.pad_token_id,
         "max_position_embeddings": SIZES["positions"],
     }
-    if kind == "distilbert":
-        sizes: dict[str, Any] = {"dim": h, "n_layers": layers, "n_heads": heads, "hidden_dim": 64}
+    sizes: dict[str, Any]
+    if kind in OWN_NAMES:
+        sizes = OWN_NAMES[kind]
+        if "n_positions" in sizes or kind in ("t5", "xlnet"):
+            del common["max_position_embeddings"]
     else:
         sizes = {
             "hidden_size": h, "num_hidden_layers": layers, "num_attention_heads": heads,
