@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -61,7 +61,7 @@ class TableReader:
         self._indexes = indexes
         self._lock = threading.RLock()
         self._functions: tuple[bytes | None, dict[str, EmbeddingFunctionConfig]] | None = None
-        self._checked: set[tuple[str, bytes | None, bytes | None]] = set()
+        self._checked: set[Hashable] = set()
         if functions is not None:
             self._functions = (functions_key(storage.dataset().schema), dict(functions))
 
@@ -303,14 +303,17 @@ class TableReader:
         self, schema: pa.Schema, column: str, config: EmbeddingFunctionConfig
     ) -> None:
         metadata = schema.metadata or {}
-        key = (column, metadata.get(fingerprint.METADATA_KEY), functions_key(schema))
+        stored = fingerprint.read(metadata).get(column)
+        if stored is None:
+            return
+        # a model that was saved anew to its folder is another one
+        state = config.function.query_state()
+        key = (column, metadata.get(fingerprint.METADATA_KEY), functions_key(schema), state)
         if key in self._checked:
             return
-        stored = fingerprint.read(metadata).get(column)
-        if stored is not None:
-            actual = fingerprint.of(config.function)
-            if actual is not None:
-                fingerprint.check(column, stored, actual)
+        actual = fingerprint.of(config.function)
+        if actual is not None:
+            fingerprint.check(column, stored, actual)
         self._checked.add(key)
 
 

@@ -278,6 +278,19 @@ def test_another_model_in_the_same_place_is_refused_on_add_and_on_search(
     assert table.count_rows() == 3
 
 
+def test_a_model_saved_anew_is_refused_by_a_table_that_is_open(folder, tmp_path):
+    make_table(folder, tmp_path)
+    table = gpu_lance.connect(tmp_path).open_table("t")
+    assert len(table.search("dog").to_list()) == 2
+    table.add([{"text": "fox"}])
+    change_weights(folder)
+    with pytest.raises(FingerprintError, match="they differ in weights"):
+        table.search("dog").to_list()
+    with pytest.raises(FingerprintError, match="they differ in weights"):
+        table.add([{"text": "owl"}])
+    assert table.count_rows() == 3
+
+
 def test_a_batch_size_of_another_session_is_accepted(folder, tmp_path):
     make_table(folder, tmp_path)
     table = gpu_lance.connect(tmp_path).open_table("t")
