@@ -42,6 +42,8 @@ _ROBERTA_KIN = frozenset(
 _ABSOLUTE = _ROBERTA_KIN | {"bert", "distilbert", "electra", "albert", "gpt2", "openai-gpt"}
 # Models that call the number of their positions so; for T5, whose are relative, it means nothing.
 _N_POSITIONS = frozenset({"codegen", "ctrl", "gpt2", "gpt_bigcode", "gptj", "openai-gpt"})
+# What models that project their last state call its width.
+_PROJECTED = {"embedding_gemma2_text": "embedding_dim", "opt": "word_embed_proj_dim"}
 POOLING_MODES = frozenset(_POOLING_FLAGS.values())
 _PLAIN_TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 
@@ -292,7 +294,8 @@ _IN_AND_OUT = ("module_input_name", "module_output_name")
 
 
 def _hidden_size(config: dict[str, Any]) -> int | None:
-    for name in ("hidden_size", "dim", "d_model", "n_embd", "emb_dim"):
+    projected = _PROJECTED.get(str(config.get("model_type")), "")
+    for name in (projected, "hidden_size", "dim", "d_model", "n_embd", "emb_dim"):
         if isinstance(config.get(name), int):
             return int(config[name])
     inner = config.get("text_config")

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpu_lance.embeddings.backbone import alone as alone
-from gpu_lance.embeddings.backbone import load_backbone
-from gpu_lance.embeddings.backbone import load_errors as load_errors
+from gpu_lance.embeddings.backbone import alone, load_backbone, load_errors
 from gpu_lance.embeddings.encoder import PACKED_TYPES, PackedEncoder, can_pack, runs_of
 from gpu_lance.embeddings.model_folder import ModelFolder
 from gpu_lance.embeddings.pooling import pool

@@ -181,6 +181,13 @@ def test_colberts_checkpoint_is_its_backbone(checkpoints, tmp_path):
     np.testing.assert_allclose(made, np.array(wanted), atol=1e-5)
 
 
+def test_a_model_that_projects_its_last_state_says_so(checkpoints):
+    folder = checkpoints.transformer("opt", ffn_dim=64, word_embed_proj_dim=16)
+    made = sources(folder, TEXTS)
+    assert create(name=str(folder)).ndims() == made.shape[1] == 16
+    np.testing.assert_allclose(made, alone(folder, TEXTS), atol=2e-5)
+
+
 def test_a_folder_of_sentence_transformers_is_the_model_in_it(checkpoints):
     folder = checkpoints.sentence("bert", pooling="cls", dense=16, normalize=True)
     made = sources(folder, TEXTS)
