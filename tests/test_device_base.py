@@ -10,7 +10,7 @@ import torch
 
 from gpu_lance.device import resolve_device
 from gpu_lance.embeddings import DeviceEmbeddingFunction
-from gpu_lance.embeddings.calls import embed, finish, prepare, is_staged
+from gpu_lance.embeddings.calls import embed, finish, is_staged, prepare
 from gpu_lance.embeddings.device_base import Payload
 from gpu_lance.errors import BadInputError, DeviceError, EmbeddingError, OutOfDeviceMemoryError
 from gpu_lance.types import Modality, Side
