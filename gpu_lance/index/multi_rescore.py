@@ -60,7 +60,7 @@ class ExactDocuments:
     def distances(self, slots: np.ndarray) -> np.ndarray:
         """The distances (n,) float32 of documents (n,), on the host.
 
-        Under cosine a document that has only vectors of zeros gives infinity.
+        Under cosine each of them has a vector that is not zero.
         """
         torch = require("torch", extra=EXTRAS)
         out = np.empty(len(slots), np.float32)

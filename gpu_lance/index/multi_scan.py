@@ -119,8 +119,8 @@ class MultiScan:
     upper: float = math.inf
 
     def inside(self, distances: np.ndarray) -> np.ndarray:
-        """Which exact distances are within the bounds; of documents without one none is."""
-        within: np.ndarray = (distances >= self.lower) & (distances < math.inf)
+        """Which exact distances are within the bounds; NaN never is."""
+        within: np.ndarray = distances >= self.lower
         return within if self.upper == math.inf else within & (distances < self.upper)
 
     # ------------------------------------------------------------------ distances
