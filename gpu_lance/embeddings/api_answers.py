@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+_NUMBERS = {float, int, type(None)}  # JSON has no NaN, so some servers write null
+_NO_NUMBERS = "vectors that hold something other than numbers"
 
 
 class BadAnswer(Exception):
@@ -124,13 +126,15 @@ def _decode(row: Any) -> Any:
     if isinstance(row, str):
         try:
             data = base64.b64decode(row, validate=True)
-        except binascii.Error:
+        except ValueError:  # binascii.Error is one
             raise BadAnswer("a vector that is no base64") from None
         if len(data) % 4:
             raise BadAnswer(f"a vector of {len(data)} bytes, which are no float32 numbers")
         return np.frombuffer(data, "<f4")
     if not isinstance(row, list):
         raise BadAnswer(f"a {type(row).__name__} in the place of a vector")
+    if not set(map(type, row)) <= _NUMBERS:  # numpy would read numbers out of texts
+        raise BadAnswer(_NO_NUMBERS)
     return row
 
 
@@ -139,12 +143,9 @@ def _stack(decoded: Sequence[Any], ndims: int) -> np.ndarray:
     rows = [filler if row is None else row for row in decoded]
     try:
         with np.errstate(over="ignore", invalid="ignore"):
-            matrix = np.array(rows, dtype=np.float32)
-    except (TypeError, ValueError, OverflowError):
-        matrix = None
-    if matrix is None or matrix.shape != (len(rows), ndims):
-        raise BadAnswer("vectors that hold something other than numbers")
-    return matrix
+            return np.array(rows, dtype=np.float32).reshape(len(rows), ndims)
+    except OverflowError:  # of an integer
+        raise BadAnswer(_NO_NUMBERS) from None
 
 
 def _listed(lengths: set[int]) -> str:

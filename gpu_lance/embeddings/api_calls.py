@@ -6,20 +6,22 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from functools import partial
+from queue import SimpleQueue
 
 import numpy as np
 
 from gpu_lance.embeddings import retries
 from gpu_lance.embeddings.api_connection import Connection
 from gpu_lance.embeddings.api_failures import Failure, Then
-from gpu_lance.embeddings.throttle import Stopped
+from gpu_lance.embeddings.api_http import until
 
 logger = logging.getLogger(__name__)
 
 FEWEST = 256  # texts that are not worth being spread over several requests
 PROBE = "A short sentence."  # which no server has a reason to refuse
 CHECKED = 64  # refused texts after which the server is probed again
+PATIENCE = 2.0  # seconds that an error waits for requests that are under way
 
 # Texts and their tokens in, (n, d) float32 and the reasons of bad rows out.
 Ask = Callable[[list[str]], tuple[np.ndarray, dict[int, str]]]
@@ -108,7 +110,9 @@ class Calls:
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._refused: dict[int, str] = {}
-        self._doubted: list[Failure] = []
+        self._refusals = 0
+        self._last: Failure | None = None
+        self._accepted = False  # whether the server took any text
         self._check_at = CHECKED
 
     def run(
@@ -121,28 +125,46 @@ class Calls:
         Failure
             The first that is not the fault of a single text.
         """
-
-        def work(start: int, end: int) -> None:
-            with retries.interruptible(self._stop):
-                self._part(texts, costs, start, end, out)
-
         if len(parts) == 1:
             self._part(texts, costs, *parts[0], out)
         else:
-            workers = min(len(parts), self._connection.throttle.concurrent)
-            with ThreadPoolExecutor(workers, thread_name_prefix="gpu-lance-api") as pool:
-                futures = [pool.submit(work, start, end) for start, end in parts]
-                try:
-                    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                    _raise_first(done)
-                except BaseException:
-                    self._stop.set()  # ends their waits; leaving the block waits for the rest
-                    for future in futures:
-                        future.cancel()
-                    raise
-        if self._doubted and not self._connection.works:
-            self._probe(self._doubted[0])
+            self._at_once([partial(self._part, texts, costs, *part, out) for part in parts])
+        if self._last is not None and not self._accepted:
+            self._probe(self._last)
         return dict(sorted(self._refused.items()))
+
+    def _at_once(self, jobs: list[Callable[[], None]]) -> None:
+        """Run all in threads; the first error stops the others, and is raised."""
+        waiting = iter(jobs)  # of a list, so threads may share it
+        ended: SimpleQueue[BaseException | None] = SimpleQueue()
+
+        def work() -> None:
+            error = None
+            try:
+                with retries.interruptible(self._stop):
+                    while (job := next(waiting, None)) is not None and not self._stop.is_set():
+                        job()
+            except BaseException as raised:
+                error = raised
+            ended.put(error)
+
+        # daemons, since a server that hangs must not keep the process from ending
+        threads = [
+            threading.Thread(target=work, name=f"gpu-lance-api-{i}", daemon=True)
+            for i in range(min(len(jobs), self._connection.throttle.concurrent))
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in threads:
+                if (error := ended.get()) is not None:
+                    raise error
+        except BaseException:
+            self._stop.set()  # ends their waits
+            end = time.monotonic() + PATIENCE
+            for thread in threads:
+                thread.join(max(0.0, end - time.monotonic()))
+            raise
 
     def _part(
         self, texts: list[str], costs: list[int], start: int, end: int, out: np.ndarray
@@ -169,9 +191,9 @@ class Calls:
             if refusal is None:
                 out[start:end] = vectors
                 largest = max(largest, end - start)
-                self._connection.works = True
-                for place, reason in bad.items():
-                    self._blame(start + place, reason)
+                self._accepted = self._connection.works = True
+                with self._lock:
+                    self._refused.update((start + place, reason) for place, reason in bad.items())
             elif end - start > 1:
                 divided = True
                 by_size = by_size and "token" not in refusal.mentions
@@ -187,16 +209,18 @@ class Calls:
         """Ask, and ask again while that can help."""
         throttle = self._connection.throttle
         failure: Failure | None = None
-        paced = 0.0
+        paced = end = 0.0
 
         def once() -> tuple[np.ndarray, dict[int, str]]:
-            nonlocal failure, paced
+            nonlocal failure, paced, end
             asked = time.monotonic()
             with throttle.turn(tokens, self._stop):
                 if failure is None:  # what the rate limit costs is not the server's fault
-                    paced = time.monotonic() - asked
+                    begun = time.monotonic()
+                    paced, end = begun - asked, begun + self._time_budget
                 try:
-                    answer = self._ask(texts)
+                    with until(end):
+                        answer = self._ask(texts)
                 except Failure as error:
                     failure = error
                     raise
@@ -218,22 +242,17 @@ class Calls:
             clock=lambda: time.monotonic() - paced,
         )()
 
-    def _blame(self, place: int, reason: str) -> None:
-        with self._lock:
-            self._refused[place] = reason
-
     def _refuse(self, place: int, failure: Failure) -> None:
         """One text by itself was refused: its own fault, if others are not refused."""
-        self._blame(place, failure.reason)
         with self._lock:
-            doubtful = not self._connection.works
-            if doubtful:
-                self._doubted.append(failure)
-            again = len(self._refused) >= self._check_at
+            self._refused[place] = failure.reason
+            self._last = failure
+            self._refusals += 1
+            doubtful = self._refusals > 1 and not self._accepted
+            again = self._refusals >= self._check_at
             if again:
                 self._check_at *= 2
-            ask = again or (doubtful and len(self._doubted) > 1)
-        if ask:
+        if doubtful or again:
             self._probe(failure)
 
     def _probe(self, failure: Failure) -> None:
@@ -252,13 +271,4 @@ class Calls:
                 Then.GIVE_UP,
                 failure.status_code,
             )
-        self._connection.works = True
-        with self._lock:
-            self._doubted.clear()
-
-
-def _raise_first(done: set[Future[None]]) -> None:
-    """Raise what stopped the others, not what they said when they were stopped."""
-    errors = [error for future in done if (error := future.exception()) is not None]
-    for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
-        raise error
+        self._accepted = self._connection.works = True

@@ -19,6 +19,12 @@ _SETTINGS = frozenset(
 )
 # 429s that no waiting cures.
 _SPENT = frozenset({"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"})
+# Causes that waiting does not cure, whatever the client makes of them.
+_PERMANENT = frozenset(
+    "AnswerTooLarge InvalidURL LocalProtocolError SSLCertVerificationError UnicodeEncodeError "
+    "UnsupportedProtocol".split()
+)
+_DEEPEST = 8  # levels of a server's message
 _NO_MODEL = ("not found", "does not exist", "unknown", "not supported", "unsupported", "no such")
 
 
@@ -109,18 +115,22 @@ def failure_of(
     status = status_of(error)
     if status is None:
         return _without_status(error, secrets)
-    found = getattr(error, "headers", None) or getattr(
-        getattr(error, "response", None), "headers", None
+    found = (
+        headers
+        or getattr(error, "headers", None)
+        or getattr(getattr(error, "response", None), "headers", None)
     )
     message, code, param = problem_of(getattr(error, "body", None))
     mentions = message.lower()
     said = f": {shown(message, secrets)}" if message else ""
 
     def failure(then: Then, what: str) -> Failure:
-        return Failure(
-            f"{what} (HTTP {status}){said}", then, status, headers or found, mentions=mentions
-        )
+        return Failure(f"{what} (HTTP {status}){said}", then, status, found, mentions=mentions)
 
+    if 300 <= status < 400:
+        where = shown((found or {}).get("location") or "elsewhere", secrets)
+        what = f"the server redirects to {where}; if you trust that, pass it as base_url"
+        return failure(Then.GIVE_UP, what)
     if status < 400:
         return failure(Then.AGAIN, "the server's answer could not be read")
     if status in (401, 403):
@@ -155,7 +165,7 @@ def shown(text: str, secrets: Mapping[str, str]) -> str:
     return plain if len(plain) <= LONGEST_REASON else f"{plain[:LONGEST_REASON]}..."
 
 
-def problem_of(body: Any) -> tuple[str, str, str]:
+def problem_of(body: Any, level: int = 0) -> tuple[str, str, str]:
     """Return the message, code and parameter that the body of a refusal names; "" for none.
 
     Examples
@@ -165,6 +175,8 @@ def problem_of(body: Any) -> tuple[str, str, str]:
     >>> problem_of({"detail": [{"loc": ["body", "input"], "msg": "too long"}]})
     ('too long', '', '')
     """
+    if level > _DEEPEST:
+        return "", "", ""
     if isinstance(body, bytes):
         body = body.decode("utf-8", "replace")
     if isinstance(body, str):
@@ -172,9 +184,9 @@ def problem_of(body: Any) -> tuple[str, str, str]:
             parsed = json.loads(body)
         except (ValueError, RecursionError):
             return body, "", ""
-        return problem_of(parsed) if isinstance(parsed, dict | list) else (body, "", "")
+        return problem_of(parsed, level + 1) if isinstance(parsed, dict | list) else (body, "", "")
     if isinstance(body, list):
-        return ("; ".join(filter(None, (problem_of(part)[0] for part in body))), "", "")
+        return ("; ".join(filter(None, (problem_of(part, level + 1)[0] for part in body))), "", "")
     if not isinstance(body, Mapping):
         return "", "", ""
     inner = body.get("error")
@@ -183,7 +195,7 @@ def problem_of(body: Any) -> tuple[str, str, str]:
     for key in ("message", "msg", "detail", "error"):
         message = body.get(key)
         if isinstance(message, list | Mapping):
-            message = problem_of(message)[0]
+            message = problem_of(message, level + 1)[0]
         if isinstance(message, str) and message:
             return message, str(body.get("code") or ""), str(body.get("param") or "")
     return "", str(body.get("code") or ""), str(body.get("param") or "")
@@ -196,8 +208,8 @@ def _without_status(error: BaseException, secrets: Mapping[str, str]) -> Failure
     detail = f"{type(last).__name__}: {said}" if said else type(last).__name__
     if any("Timeout" in type(cause).__name__ for cause in chain):
         return Failure("the server did not answer in time", Then.AGAIN)
-    certificate = any("SSLCertVerificationError" in type(cause).__name__ for cause in chain)
-    if is_transient(error) and not certificate:
+    permanent = any(type(cause).__name__ in _PERMANENT for cause in chain)
+    if is_transient(error) and not permanent:
         return Failure(f"no connection to the server ({detail})", Then.AGAIN)
     return Failure(f"the request failed ({detail})", Then.GIVE_UP)
 

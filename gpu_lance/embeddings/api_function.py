@@ -307,7 +307,8 @@ class ApiEmbeddingFunction(  # type: ignore[misc]  # the names of arguments diff
                 failure = failure_of(
                     error,
                     secrets=connection.secrets,
-                    model=self.name,
+                    # one that gave vectors is not unknown, whatever is said of a text
+                    model="" if connection.works else self.name,
                     headers=self.answer_headers(connection),
                 )
             if failure is not None:

@@ -11,6 +11,7 @@ from gpu_lance.embeddings.api_answers import BadAnswer
 from gpu_lance.embeddings.api_connection import Connection
 from gpu_lance.embeddings.api_failures import shown
 from gpu_lance.embeddings.api_function import ApiEmbeddingFunction
+from gpu_lance.embeddings.api_http import bounded
 from gpu_lance.embeddings.staged import derived
 from gpu_lance.errors import BadInputError
 from gpu_lance.optional import require
@@ -153,7 +154,7 @@ def _http_client(timeout: float) -> Any:
     empty = json.dumps({"id": "", "embeddings": {}, "response_type": "embeddings_by_type"})
     local = threading.local()
 
-    class Client(httpx.Client):  # type: ignore[misc, name-defined]
+    class Client(bounded(httpx.Client)):  # type: ignore[misc]
         def send(self, request: Any, **arguments: Any) -> Any:
             local.last = None
             response = super().send(request, **arguments)
@@ -166,4 +167,4 @@ def _http_client(timeout: float) -> Any:
         def last(self) -> Any:
             return getattr(local, "last", None)
 
-    return Client(timeout=timeout, follow_redirects=True)
+    return Client(timeout=timeout)

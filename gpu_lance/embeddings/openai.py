@@ -10,6 +10,7 @@ from gpu_lance.embeddings.api_answers import BadAnswer, in_order
 from gpu_lance.embeddings.api_connection import Connection, check_server
 from gpu_lance.embeddings.api_failures import Failure, shown
 from gpu_lance.embeddings.api_function import ApiEmbeddingFunction
+from gpu_lance.embeddings.api_http import bounded
 from gpu_lance.errors import BadInputError
 from gpu_lance.optional import require
 from gpu_lance.types import Side
@@ -90,6 +91,7 @@ class OpenAIEmbeddings(ApiEmbeddingFunction):
         if key is None and not self.use_azure:
             # the client insists on one; the server is one that wants none
             arguments["api_key"] = "none"
+        arguments["http_client"] = bounded(openai.DefaultHttpxClient)()
         make = openai.AzureOpenAI if self.use_azure else openai.OpenAI
         problem = ""
         try:
@@ -97,6 +99,7 @@ class OpenAIEmbeddings(ApiEmbeddingFunction):
         except (openai.OpenAIError, ValueError) as error:
             problem = shown(str(error), self._secrets(key))
         if problem:
+            arguments["http_client"].close()
             raise BadInputError(f"{type(self).__name__} cannot be set up: {problem}.")
         check_server(str(client.base_url), self.server_variable)
         return client, client.close

@@ -34,6 +34,7 @@ _TRANSIENT_NAMES = frozenset(
         "ConnectTimeoutError",
         "ConnectionClosedError",
         "ConnectionError",
+        "DecodingError",
         "EndpointConnectionError",
         "IncompleteRead",
         "InternalServerError",

@@ -43,6 +43,7 @@ class Answer:
     body: Any = None
     headers: dict[str, str] = field(default_factory=dict)
     announce: int | None = None  # a Content-Length that is not kept
+    drip: float | None = None  # seconds between two bytes of the body
 
 
 def vector_of(text: str, dims: int) -> np.ndarray:
@@ -97,7 +98,13 @@ class ApiServer:
                     for name, value in answer.headers.items():
                         self.send_header(name, value)
                     self.end_headers()
-                    self.wfile.write(content)
+                    if answer.drip is None:
+                        self.wfile.write(content)
+                    else:
+                        for byte in content:
+                            self.wfile.write(bytes([byte]))
+                            if outer.released.wait(answer.drip):
+                                break
                     if answer.announce:
                         self.close_connection = True
                 except OSError:

@@ -349,27 +349,6 @@ def test_azure(server, monkeypatch):
     assert headers["api-key"] == "azure-key-123"
 
 
-def test_an_interrupt_stops_everything(server, helpers, monkeypatch):
-    """Ctrl-C while requests wait: no thread is left behind."""
-    server.misbehave = lambda asked, number: helpers.Answer(
-        429, {"message": "slow down"}, {"retry-after": "50"}
-    )
-    function = make("openai", server.url, batch_size=1)
-    from gpu_lance.embeddings import api_calls
-
-    def interrupted(futures: Any, **_: Any) -> Any:
-        while not server.asked:
-            pass
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(api_calls, "wait", interrupted)
-    started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        function.compute_source_embeddings(TEXTS)
-    assert time.monotonic() - started < 20
-    assert not [t for t in threading.enumerate() if "gpu-lance-api" in t.name]
-
-
 def test_the_base_says_what_a_provider_lacks():
     with pytest.raises(TypeError, match="abstract"):
         ApiEmbeddingFunction(name="m")
