@@ -35,7 +35,9 @@ OTHER_PRODUCT_BYTES = 64 << 20
 WIDE_BYTES = 4 << 20  # of float16 vectors widened at a time on the CPU
 COLUMNS = 1024  # query vectors in one product
 UNIT = 2.0**-20  # norms that near to 1 need no division under cosine
-GATHERED = 0.5  # below this share of a tile the rows that qualify are gathered
+# below which share of the documents those that qualify are gathered, by how many query vectors
+# there are at least: the product grows with them, the copy does not
+GATHERED = ((128, 0.9), (16, 0.5), (0, 0.25))
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +213,8 @@ class MultiScan:
         A tile is of several documents in one piece, or of one long document in several.
         """
         snapshot, step = self.snapshot, self._step(columns)
-        if self.mask is not None and self.mask.count < GATHERED * len(snapshot):
+        share = next(share for least, share in GATHERED if columns >= least)
+        if self.mask is not None and self.mask.count < share * len(snapshot):
             bounds = snapshot.bounds
             slots = self.mask.bits.nonzero()[:, 0]
             passing = slots.cpu().numpy()
