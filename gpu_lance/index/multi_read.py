@@ -15,6 +15,7 @@ from gpu_lance.index.read import (
     BLOCK_BYTES,
     ROW_ID,
     condition_for,
+    fields_below,
     known_ids,
     matrix,
     names_for,
@@ -22,7 +23,7 @@ from gpu_lance.index.read import (
     read_batches,
     take_batches,
 )
-from gpu_lance.index.sync import Mark, fields_below, matching_row_ids
+from gpu_lance.index.sync import Mark, matching_row_ids
 from gpu_lance.storage import is_remote
 
 MOST_ROWS = 8192  # of a block, however short documents are

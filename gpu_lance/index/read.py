@@ -220,6 +220,17 @@ def check_column(dataset: lance.LanceDataset, column: str, ndims: int) -> int:
     return int(kind.value_type.bit_width) // 8
 
 
+def fields_below(dataset: lance.LanceDataset, field_id: int) -> set[int]:
+    """The ids of a column's field and of all that is in it: a list's values are a field too."""
+    found = {field_id}
+    for field in dataset.lance_schema.fields():
+        open_ = [field] if field.id() == field_id else []
+        while open_:
+            open_ += open_[0].children()
+            found.add(int(open_.pop(0).id()))
+    return found
+
+
 def _asked(scan: Callable[[], Iterable[pa.RecordBatch]]) -> Iterator[pa.RecordBatch]:
     with asking("filter"):
         yield from scan()

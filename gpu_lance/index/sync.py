@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from gpu_lance.errors import SchemaError
-from gpu_lance.index.read import ROW_ADDRESS, ROW_ID, UPDATED
+from gpu_lance.index.read import ROW_ADDRESS, ROW_ID, UPDATED, fields_below
 from gpu_lance.lance_errors import asking, first_line, reading
 
 # what these do to a row, its version of last change tells, and the delta
@@ -140,17 +140,6 @@ def _field_id(dataset: lance.LanceDataset, column: str) -> int:
     raise SchemaError(
         f"The table has no column {column!r}; it has {', '.join(dataset.schema.names)}."
     )
-
-
-def fields_below(dataset: lance.LanceDataset, field_id: int) -> set[int]:
-    """The ids of a column's field and of all that is in it: a list's values are a field too."""
-    found = {field_id}
-    for field in dataset.lance_schema.fields():
-        open_ = [field] if field.id() == field_id else []
-        while open_:
-            open_ += open_[0].children()
-            found.add(int(open_.pop(0).id()))
-    return found
 
 
 def _files(dataset: lance.LanceDataset, field_id: int) -> dict[int, tuple[str, ...]]:
