@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, SecretStr
 
 from gpu_lance.device import as_tensor
 from gpu_lance.embeddings import variables
@@ -132,8 +132,11 @@ class ApiEmbeddingFunction(  # type: ignore[misc]  # the names of arguments diff
     # -- what a provider implements
 
     @abstractmethod
-    def open(self, key: str | None) -> tuple[Any, Any]:
-        """Make the client, without retries of its own; return it and what closes it."""
+    def open(self, key: SecretStr | None) -> tuple[Any, Any]:
+        """Make the client, without retries of its own; return it and what closes it.
+
+        An error must leave no local variable with a secret, since tracebacks may show them.
+        """
 
     @abstractmethod
     def ask(
@@ -301,8 +304,11 @@ class ApiEmbeddingFunction(  # type: ignore[misc]  # the names of arguments diff
         for _ in range(4):  # each time something was learned of the server
             asked = connection.ask_length or (self.dim is not None and self.name in self.flexible)
             failure: Failure | None = None
+            interrupted = False
             try:
                 content = self.ask(connection, texts, side, ndims if asked else None)
+            except KeyboardInterrupt:
+                interrupted = True
             except Exception as error:
                 failure = failure_of(
                     error,
@@ -311,6 +317,8 @@ class ApiEmbeddingFunction(  # type: ignore[misc]  # the names of arguments diff
                     model="" if connection.works else self.name,
                     headers=self.answer_headers(connection),
                 )
+            if interrupted:
+                raise KeyboardInterrupt  # without the client's frames, whose variables hold the key
             if failure is not None:
                 if failure.then is Then.AGAIN:
                     raise failure
@@ -354,7 +362,7 @@ class ApiEmbeddingFunction(  # type: ignore[misc]  # the names of arguments diff
     def _connection(self) -> Connection:
         if self.base_url is not None and not self._named_here and not self._is_variable("base_url"):
             refuse_stranger(self.base_url, self.server_variable)
-        key = self._key()
+        key = _hidden(self._key())
         arguments = {
             name: value
             for name, value in self._resolved().items()
@@ -392,6 +400,7 @@ class ApiEmbeddingFunction(  # type: ignore[misc]  # the names of arguments diff
                 "registry.set_var('name', key)."
             )
         if not key.isascii() or not key.isprintable():
+            key = None  # tracebacks may show variables
             raise MissingKeyError(
                 f"The API key for {self.provider} holds characters that no key has, such as a line "
                 "break; set it again."
@@ -404,7 +413,7 @@ class ApiEmbeddingFunction(  # type: ignore[misc]  # the names of arguments diff
             "that api_key names."
         )
 
-    def _secrets(self, key: str | None) -> dict[str, str]:
+    def _secrets(self, key: SecretStr | None) -> dict[str, str]:
         hidden = self._resolved()
         masked = variables.mask(hidden, self.sensitive_keys())
         pairs = zip(variables.leaves(hidden), variables.leaves(masked), strict=True)
@@ -416,7 +425,7 @@ class ApiEmbeddingFunction(  # type: ignore[misc]  # the names of arguments diff
         # "Bearer secret" is refused as "secret"
         found.update({word: variables.MASK for leaf in list(found) for word in leaf.split()[1:]})
         if key:
-            found[key] = variables.MASK
+            found[key.get_secret_value()] = variables.MASK
         return found
 
     def _resolved(self) -> dict[str, Any]:
@@ -445,3 +454,7 @@ class ApiEmbeddingFunction(  # type: ignore[misc]  # the names of arguments diff
             fields[name] = reference if variables.has_reference(reference) else None
         state["__dict__"] = fields
         return state
+
+
+def _hidden(key: str | None) -> SecretStr | None:
+    return SecretStr(key) if key else None

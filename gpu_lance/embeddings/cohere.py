@@ -7,6 +7,8 @@ import threading
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
+from pydantic import SecretStr
+
 from gpu_lance.embeddings.api_answers import BadAnswer
 from gpu_lance.embeddings.api_connection import Connection
 from gpu_lance.embeddings.api_failures import shown
@@ -95,16 +97,19 @@ class CohereEmbeddingFunction(ApiEmbeddingFunction):
         """Embed texts as sources; `input_type` takes the place of `source_input_type`."""
         return self.compute_source_embeddings(texts, **kwargs)
 
-    def open(self, key: str | None) -> tuple[Any, Any]:
+    def open(self, key: SecretStr | None) -> tuple[Any, Any]:
         """Make the client of this function."""
         cohere = require("cohere", extra="cohere")
         http = _http_client(self.timeout)
-        arguments: dict[str, Any] = {"api_key": key or "none", "httpx_client": http}
-        if self.base_url:
-            arguments["base_url"] = self.base_url.rstrip("/")
+        more = {"base_url": self.base_url.rstrip("/")} if self.base_url else {}
         problem = ""
         try:
-            client = cohere.ClientV2(**arguments, timeout=self.timeout)
+            client = cohere.ClientV2(
+                api_key=key.get_secret_value() if key else "none",
+                httpx_client=http,
+                timeout=self.timeout,
+                **more,
+            )
         except (cohere.core.api_error.ApiError, ValueError, TypeError) as error:
             problem = shown(str(error), self._secrets(key)) or type(error).__name__
         if problem:

@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from pydantic import SecretStr
+
 from gpu_lance.embeddings.api_answers import BadAnswer, in_order
 from gpu_lance.embeddings.api_connection import Connection, check_server
 from gpu_lance.embeddings.api_failures import Failure, shown
@@ -77,29 +79,32 @@ class OpenAIEmbeddings(ApiEmbeddingFunction):
         """Return the models whose length is known."""
         return list(OpenAIEmbeddings.models)
 
-    def open(self, key: str | None) -> tuple[Any, Any]:
+    def open(self, key: SecretStr | None) -> tuple[Any, Any]:
         """Make the client of this function."""
         openai = require("openai", extra="openai")
-        arguments: dict[str, Any] = {"max_retries": 0, "timeout": self.timeout}
-        given = {
+        http = bounded(openai.DefaultHttpxClient)()
+        # the client insists on a key, also where the server wants none; Azure's reads its own
+        no_key = None if self.use_azure else "none"
+        arguments: dict[str, Any] = {
             "base_url": self.base_url,
             "default_headers": self._resolved()["default_headers"],
             "organization": self.organization,
-            "api_key": key,
+            "api_key": key.get_secret_value() if key else no_key,
         }
-        arguments.update({name: value for name, value in given.items() if value})
-        if key is None and not self.use_azure:
-            # the client insists on one; the server is one that wants none
-            arguments["api_key"] = "none"
-        arguments["http_client"] = bounded(openai.DefaultHttpxClient)()
         make = openai.AzureOpenAI if self.use_azure else openai.OpenAI
         problem = ""
         try:
-            client = make(**arguments)
+            client = make(
+                **{name: value for name, value in arguments.items() if value},
+                max_retries=0,
+                timeout=self.timeout,
+                http_client=http,
+            )
         except (openai.OpenAIError, ValueError) as error:
             problem = shown(str(error), self._secrets(key))
+        arguments.clear()
         if problem:
-            arguments["http_client"].close()
+            http.close()
             raise BadInputError(f"{type(self).__name__} cannot be set up: {problem}.")
         check_server(str(client.base_url), self.server_variable)
         return client, client.close
@@ -139,6 +144,6 @@ class OpenAIEmbeddings(ApiEmbeddingFunction):
         # the client reads its own variables and tells which are missing
         return self._resolved()["api_key"] or os.environ.get("AZURE_OPENAI_API_KEY") or None
 
-    def _secrets(self, key: str | None) -> dict[str, str]:
+    def _secrets(self, key: SecretStr | None) -> dict[str, str]:
         token = os.environ.get("AZURE_OPENAI_AD_TOKEN") if self.use_azure else None
         return super()._secrets(key) | ({token: "***"} if token else {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import logging
 import pickle
 import subprocess
@@ -19,6 +20,7 @@ from gpu_lance.embeddings.api_connection import CONNECTIONS, _named
 from gpu_lance.errors import (
     ApiAccessError,
     ApiError,
+    BadInputError,
     HardcodedSecretError,
     MissingKeyError,
     RefusedURLError,
@@ -274,6 +276,42 @@ def test_nothing_in_the_output_of_a_program_that_fails(server, helpers):
     assert "ApiAccessError" in done.stderr and "bad key ***" in done.stderr
     assert "The above exception" not in done.stderr and "During handling" not in done.stderr
     clean(done.stdout + done.stderr, helpers.KEY)
+
+
+@pytest.mark.parametrize("way", ["azure", "address", "line break", "interrupt"])
+def test_no_variable_of_a_traceback_holds_the_key(way, server, helpers, monkeypatch):
+    """As tracebacks with variables show them, those of the client's own frames too."""
+    key = "var-key-abcdef-1234567890"
+    get_registry().set_var("key", key)
+    more: dict[str, Any] = {"base_url": f"{server.url}/v1"}
+    raised: type[BaseException] = BadInputError
+    if way == "azure":
+        more = {"use_azure": True}  # without a version
+    elif way == "address":
+        more = {}
+        monkeypatch.setenv("OPENAI_BASE_URL", "no address")
+    elif way == "line break":
+        get_registry().set_var("key", f"{key}\nHost: evil")
+        raised = MissingKeyError
+    else:
+        raised = KeyboardInterrupt
+
+        def misbehave(asked, number):
+            _thread.interrupt_main()
+            server.released.wait(2)
+
+        server.misbehave = misbehave
+    names = ["openai", "cohere"] if way in ("interrupt", "line break") else ["openai"]
+    for name in names:
+        make = get_registry().get(name).create
+        function = make(name="tiny", dim=8, api_key="$var:key", **more)
+        with pytest.raises(raised) as caught:
+            function.compute_query_embeddings("a")
+        text = everything(caught.value)
+        for frame, _ in traceback.walk_tb(caught.value.__traceback__):
+            if frame.f_code.co_filename != __file__:
+                text += "".join(map(repr, frame.f_locals.values()))
+        clean(text, key)
 
 
 def test_a_missing_key_is_said_without_asking(server, monkeypatch):
