@@ -127,7 +127,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "complex array": (np.ones((2, 3), complex), "a vector for item 0 that holds"),
     "complex tensor": (torch.ones(2, 3, dtype=torch.complex64), "item 0 that holds"),
     "a set": ({(1.0, 2.0, 3.0), (4.0, 5.0, 6.0)}, "must return a list of vectors, got a set"),
-    "a dict": ({"a": 1, "b": 2}, "returned 'a' for item 0"),
+    "a dict": ({"a": 1, "b": 2}, "must return a list of vectors, got a dict"),
     "huge": ([[10**400, 1, 1]] * 2, "a vector for item 0 that holds"),
 }
 
@@ -185,7 +185,7 @@ def test_a_query_has_one_vector(made):
         def compute_query_embeddings(self, query: Any, *args: Any, **kwargs: Any) -> Any:
             return made
 
-    with pytest.raises(EmbeddingError, match=r"Wrong.compute_query_embeddings must .* one query"):
+    with pytest.raises(EmbeddingError, match=r"Wrong.compute_query_embeddings must return a list"):
         embed(Wrong(), ["a"], "query", ndims=1, device=CPU)
 
 

@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
@@ -21,12 +23,15 @@ from gpu_lance.embeddings import (
     EmbeddingFunction,
     EmbeddingFunctionConfig,
     TextEmbeddingFunction,
+    calls,
     get_registry,
 )
 from gpu_lance.embeddings.device_base import Payload
 from gpu_lance.errors import BadInputError, BadVectorError, EmbeddingError
 from gpu_lance.ingest.read import MAX_ROWS
 from gpu_lance.pydantic import LanceModel, MultiVector, Vector
+
+CPU = torch.device("cpu")
 
 # ------------------------------------------------------- the ways to write one
 
@@ -308,6 +313,10 @@ FORMS: dict[str, Callable[[np.ndarray], Any]] = {
     "one tensor": lambda rows: torch.from_numpy(reused(rows)),
     "arrow": lambda rows: pa.array(rows.tolist()),
     "read only": lambda rows: np.broadcast_to(rows, rows.shape),
+    "data frame": lambda rows: pd.DataFrame(rows),
+    "long double": lambda rows: rows.astype(np.longdouble),
+    "decimals": lambda rows: [[Decimal(float(x)) for x in row] for row in rows],
+    "masked array": lambda rows: np.ma.masked_array(rows, mask=False),
 }
 
 
@@ -327,6 +336,64 @@ def test_what_it_returns_may_be_its_own(form: str, tmp_path: Path) -> None:
     BUFFER.fill(7.0)
     assert table.search(["ab", "aaaab"]).limit(1).to_list()[1]["_distance"] == 0.0
     check(table, n)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_query_may_be_its_own_too(form: str, tmp_path: Path) -> None:
+    class Asked(OverAnything):
+        def compute_query_embeddings(self, query: Any, *args: Any, **kwargs: Any) -> Any:
+            return FORMS[form](np.array([[1.0, 2.0, 3.0]], np.float32))
+
+    get_registry().register("own-asked")(Asked)
+    made = calls.embed(Asked.create(), ["a", None, "b"], "query", ndims=3, device=CPU)
+    assert made.vectors.tolist() == [[1.0, 2.0, 3.0], [0.0] * 3, [1.0, 2.0, 3.0]]
+
+
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [
+        (np.array(1.0), "a ndarray"),
+        ({"embedding": [[1.0, 2.0, 3.0]]}, "a dict"),
+        ({(1.0, 2.0, 3.0)}, "a set"),
+        (iter([[1.0, 2.0, 3.0]]), "a list_iterator"),
+        (torch.ones(1, 3).to_sparse(), "not dense"),
+        (torch.ones(1, 3, device="meta"), "not dense"),
+        ("abc", "a str"),
+    ],
+)
+@pytest.mark.parametrize("side", ["source", "query"])
+@pytest.mark.parametrize("multi", [False, True])
+def test_what_is_no_list_of_vectors(returned: Any, got: str, side: str, multi: bool) -> None:
+    class Wayward(OverAnything):
+        def compute_source_embeddings(self, items: Any, *args: Any, **kwargs: Any) -> Any:
+            return returned
+
+        compute_query_embeddings = compute_source_embeddings
+
+    with pytest.raises(EmbeddingError, match=f"Wayward.*{got}"):
+        calls.embed(Wayward(), ["a"], side, ndims=3, device=CPU, multi=multi)
+
+
+def test_a_masked_number_is_none() -> None:
+    class Masked(OverAnything):
+        def compute_source_embeddings(self, items: Any, *args: Any, **kwargs: Any) -> Any:
+            return np.ma.masked_array(np.ones((1, 3)), mask=[[False, True, False]])
+
+    made = calls.embed(Masked(), ["a"], "source", ndims=3, device=CPU)
+    assert np.isnan(made.vectors.numpy()).tolist() == [[False, True, False]]
+
+
+def test_a_buffer_that_is_filled_again_for_many_vectors(tmp_path: Path) -> None:
+    class Buffered(OverText):
+        def generate_embeddings(self, texts: list[str], *args: Any, **kwargs: Any) -> Any:
+            return reused(np.array(super().generate_embeddings(texts), np.float32))
+
+    get_registry().register("own-buffered")(Buffered)
+    first, second = (
+        calls.embed(Buffered.create(), [text], "source", ndims=3, device=CPU, multi=True)
+        for text in ("a", "aab")
+    )
+    assert first.vectors.tolist() != second.vectors.tolist()
 
 
 def test_items_are_what_the_column_holds(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from gpu_lance.device import as_tensor
 from gpu_lance.embeddings.base import EmbeddingFunction, TextEmbeddingFunction
 from gpu_lance.embeddings.inputs import text_fault
-from gpu_lance.embeddings.returned import as_parts, as_rows
+from gpu_lance.embeddings.returned import as_parts, as_rows, listed
 from gpu_lance.embeddings.staged import StagedFunction, is_derived
 from gpu_lance.errors import EmbeddingError, SchemaError
 from gpu_lance.optional import require
@@ -243,12 +243,12 @@ def _call(function: EmbeddingFunction, prepared: ListItems) -> Any:
 
 
 def _only(returned: Any, name: str) -> Any:
-    if hasattr(returned, "__len__") and len(returned) == 1:
+    name = f"{name}.compute_query_embeddings"
+    returned = listed(returned, name)
+    if len(returned) == 1:
         return returned[0]
-    got = f"{len(returned)} vectors" if hasattr(returned, "__len__") else repr(returned)
     raise EmbeddingError(
-        f"{name}.compute_query_embeddings must return a list with one vector for one query, "
-        f"got {got}."
+        f"{name} must return a list with one vector for one query, got {len(returned)} vectors."
     )
 
 

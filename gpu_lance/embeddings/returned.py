@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,11 +48,11 @@ def as_rows(
     >>> as_rows([[1, 2], None], [0, 1], 2, "Mine")
     (tensor([[1., 2.]]), {1})
     """
-    returned = _listed(returned, positions, name)
+    returned = _one_for_each(returned, positions, name)
     if getattr(returned, "ndim", None) == 2 and _is_numeric(returned):
         if returned.shape[1] != ndims:
             raise _wrong_length(name, positions[0], returned.shape[1], ndims)
-        return as_tensor(returned), set()
+        return _dense(returned), set()
     missing = {i for i, vector in enumerate(returned) if vector is None}
     present = [vector for vector in returned if vector is not None]
     if not present:
@@ -90,10 +91,11 @@ def as_parts(
             [5., 6.]]), array([2, 1]), set())
     """
     torch = require("torch", extra="cpu|cuda13|cuda12")
-    returned = _listed(returned, positions, name)
+    returned = _one_for_each(returned, positions, name)
     lengths = np.ones(len(positions), np.int64)
     if getattr(returned, "ndim", None) == 2 and _is_numeric(returned):
-        return as_rows(returned, positions, ndims, name)[0], lengths, set()
+        # copied, since it may be a buffer that is filled again for the next items
+        return as_rows(returned, positions, ndims, name)[0].clone(), lengths, set()
     parts = []
     for i, item in enumerate(returned):
         vectors = [] if item is None else item if _is_nested(item) else [item]
@@ -111,16 +113,32 @@ def as_parts(
     return rows, lengths, set(np.flatnonzero(lengths == 0).tolist())
 
 
-def _listed(returned: Any, positions: list[int], name: str) -> Any:
-    """What a function returned as something of the right length that can be indexed."""
+def listed(returned: Any, name: str) -> Any:
+    """What a function returned as something with a length and an order.
+
+    Examples
+    --------
+    >>> import pyarrow as pa
+    >>> listed(pa.array([[1.0], None]), "Mine")
+    [[1.0], None]
+    """
     if hasattr(returned, "to_pylist"):  # Arrow
         returned = returned.to_pylist()
     elif hasattr(returned, "to_numpy"):  # a data frame, or a column of vectors
         returned = returned.to_numpy()
-    if not hasattr(returned, "__len__") or isinstance(returned, set | frozenset):  # no order
+    if isinstance(returned, np.ma.MaskedArray) and returned.dtype.kind in "fiu":
+        returned = np.ma.filled(returned.astype(np.float64), np.nan)
+    if _length(returned) is None or isinstance(returned, Set | Mapping):  # no order
         raise EmbeddingError(
             f"{name} must return a list of vectors, got a {type(returned).__name__}."
         )
+    if getattr(returned, "is_sparse", False) or getattr(returned, "is_meta", False):
+        raise EmbeddingError(f"{name} returned a tensor that is not dense; call to_dense().")
+    return returned
+
+
+def _one_for_each(returned: Any, positions: list[int], name: str) -> Any:
+    returned = listed(returned, name)
     if len(returned) != len(positions):
         raise EmbeddingError(
             f"{name} returned {len(returned)} vectors for {len(positions)} items; it must return "
@@ -144,10 +162,16 @@ def _stack(vectors: list[Any]) -> torch.Tensor | None:
             return None
         return torch.stack([tensor.to(tensors[0].device) for tensor in tensors])
     array = np.asarray(vectors)
-    if not _is_numeric(array):
+    if not _is_numeric(array) and not (array.dtype == object and all(map(_is_number, array.flat))):
         return None
-    with np.errstate(over="ignore"):  # what overflows becomes infinite, and so a bad vector
-        return as_tensor(array.astype(np.float32, copy=False))
+    return _dense(array)
+
+
+def _dense(values: Any) -> torch.Tensor:
+    if isinstance(values, np.ndarray):  # torch does not know all of its types
+        with np.errstate(over="ignore"):  # what overflows becomes infinite, and so a bad vector
+            values = values.astype(np.float32, copy=False)
+    return as_tensor(values)
 
 
 def _is_numeric(values: Any) -> bool:
