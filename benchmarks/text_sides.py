@@ -165,7 +165,10 @@ class Worker:
         """End it."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(timeout=60)
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
 
     def embed(self, texts: list[str], save: str | None = None, **options: Any) -> dict[str, Any]:
         """Embed and give the figures."""
