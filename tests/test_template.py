@@ -103,6 +103,7 @@ def test_reading_and_rendering(text: str, columns: tuple[str, ...], rendered: st
         ("{a}" * LONGEST, "has at most 10,000 characters"),
         (7, "got a int"),
         (["{a}"], "got a list"),
+        ("{title}" * 9, "names a column at most 8 times, got one that names 'title' 9 times"),
     ],
 )
 def test_a_template_that_is_none(text: Any, problem: str) -> None:

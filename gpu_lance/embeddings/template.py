@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 import string
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from gpu_lance.errors import SchemaError
 
-LONGEST = 10_000  # characters; a stranger's table must not blow up a row
+# A stranger's table must not blow up a row.
+LONGEST = 10_000  # characters
+MOST_OFTEN = 8  # times that a column may stand in it
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,13 @@ def _parsed(text: str) -> Template:
                 "column and nothing else. For a brace write {{ or }}."
             )
     template = Template(text, tuple(parts))
+    places = Counter(name for _, name in parts if name is not None)
+    for name, count in places.most_common(1):
+        if count > MOST_OFTEN:
+            raise SchemaError(
+                f"A template names a column at most {MOST_OFTEN} times, got one that names "
+                f"{name!r} {count:,} times."
+            )
     if not template.columns:
         raise SchemaError(
             f"The template {text!r} names no column; put the columns to embed in braces, such as "
