@@ -34,6 +34,9 @@ _BEHIND = re.compile(r"(^|\.)pooler\.")
 # state is the decoder's. The others need a text to decode, so their encoder embeds.
 _DECODE_THE_TEXT = frozenset({"bart", "bigbird_pegasus", "fsmt", "mbart", "mvp", "plbart"})
 
+# What a forward raises if texts alone are not what the model takes.
+_NOT_FOR_TEXT = (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError)
+
 
 def load_backbone(
     folder: str, dtype: torch.dtype, *, name: str, trust_remote_code: bool = False
@@ -123,6 +126,21 @@ def load_errors(name: str) -> Iterator[None]:
         raise EmbeddingError(
             f"The model {name!r} cannot be loaded ({type(error).__name__}: {reason}). If its files "
             "are damaged, get it again."
+        ) from error
+
+
+@contextmanager
+def forward_errors(name: str) -> Iterator[None]:
+    """Say which model it is that cannot embed texts, and why; lack of memory is left as it is."""
+    try:
+        yield
+    except GpuLanceError:
+        raise
+    except _NOT_FOR_TEXT as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise EmbeddingError(
+            f"The model {name!r} cannot embed a text by itself ({type(error).__name__}: {reason}). "
+            "Use a text model that transformers' AutoModel runs."
         ) from error
 
 

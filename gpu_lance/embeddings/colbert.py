@@ -161,11 +161,9 @@ class ColbertEmbeddings(TextModelFunction):
 
     def load_model(self, device: torch.device, dtype: torch.dtype) -> LateInteraction:
         """Load the fastest form of the model."""
-        padding = self._late_tokenizer().hf.pad_token_id
         return load_late_interaction(
             self._model_folder(),
             self._recipe(),
-            0 if padding is None else padding,
             device,
             dtype,
             self.trust_remote_code,

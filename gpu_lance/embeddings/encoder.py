@@ -140,15 +140,15 @@ class PackedEncoder:
             (t, h), on the model's device, in its dtype.
         """
         torch = self._torch
-        largest = int(tokens.ids.max())
-        if largest >= self.words.shape[0]:
-            # on a GPU it would end the whole process's use of it
+        check_vocabulary(tokens, self.words.shape[0])
+        places = self._positions_of(tokens)
+        if int(places.max()) >= len(self.positions):
             raise EmbeddingError(
-                f"The tokenizer gives the token {largest}, but the model knows only "
-                f"{self.words.shape[0]}; the files of two models are mixed up."
+                f"A text has {int(tokens.lengths.max())} tokens, but the model has positions for "
+                f"{len(self.positions) - self.first_position} only."
             )
         ids = self._to_device(tokens.ids)
-        positions = self._to_device(self._positions_of(tokens))
+        positions = self._to_device(places)
         attend = self._attention(tokens, runs, attended)
         functional = torch.nn.functional
         hidden = self.norm(
@@ -232,6 +232,19 @@ class PackedEncoder:
                 seen = np.arange(run.length) < counts[:, None]
                 masks.append(self._to_device(seen[:, None, None, :]))
         return masks
+
+
+def check_vocabulary(tokens: Tokens, known: int | None) -> None:
+    """Raise EmbeddingError for a token beyond the `known` ones; None knows any.
+
+    On a GPU it would end the whole process's use of it.
+    """
+    largest = int(tokens.ids.max(initial=-1))
+    if known is not None and largest >= known:
+        raise EmbeddingError(
+            f"The tokenizer gives the token {largest}, but the model knows only {known}; the files "
+            "of two models are mixed up."
+        )
 
 
 def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpu_lance.embeddings.backbone import alone, load_backbone, load_errors
+from gpu_lance.embeddings.backbone import alone, forward_errors, load_backbone, load_errors
 from gpu_lance.embeddings.encoder import PackedEncoder, can_pack, runs_of, to_device
 from gpu_lance.embeddings.late_recipe import TOKEN_LEVEL, Recipe, linear_weight
 from gpu_lance.embeddings.late_tokens import LateTokens
 from gpu_lance.embeddings.model_folder import ModelFolder, ModuleFiles
+from gpu_lance.embeddings.plain_models import OwnForward, is_own
 from gpu_lance.embeddings.text_models import check_activations
 from gpu_lance.optional import require
 
@@ -21,19 +22,24 @@ if TYPE_CHECKING:
 
 EXTRA = "cpu|cuda13|cuda12"
 
+Steps = list[Callable[[Any], Any]]
+
 
 class LateInteraction(ABC):
     """A transformer and what follows it, over the tokens of texts.
 
     Parameters
     ----------
+    name : str
+        What messages call it.
     steps : list of callable
         Each takes and gives (t, d).
     """
 
     device: torch.device
 
-    def __init__(self, steps: list[Callable[[Any], Any]]) -> None:
+    def __init__(self, name: str, steps: Steps) -> None:
+        self._name = name
         self._steps = steps
 
     def __call__(self, data: LateTokens, rows: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
@@ -58,8 +64,9 @@ class LateInteraction(ABC):
         if not part.scored.all():
             # before the projection, which need not see what does not count
             vectors = vectors[to_device(np.flatnonzero(part.scored), self.device)]
-        for step in self._steps:
-            vectors = step(vectors)
+        with forward_errors(self._name):
+            for step in self._steps:
+                vectors = step(vectors)
         return vectors, part.counts
 
     @abstractmethod
@@ -70,8 +77,8 @@ class LateInteraction(ABC):
 class PackedLateInteraction(LateInteraction):
     """A BERT-like transformer over packed tokens: no padding."""
 
-    def __init__(self, weights: Any, steps: list[Callable[[Any], Any]]) -> None:
-        super().__init__(steps)
+    def __init__(self, weights: Any, name: str, steps: Steps) -> None:
+        super().__init__(name, steps)
         self._encoder = PackedEncoder(weights)
         self.device = self._encoder.device
 
@@ -80,38 +87,22 @@ class PackedLateInteraction(LateInteraction):
         return self._encoder(part.tokens, runs_of(part.tokens.lengths), part.attended)
 
 
-class PaddedLateInteraction(LateInteraction):
-    """Any transformer, padded and masked only where lengths differ."""
+class OwnLateInteraction(LateInteraction):
+    """Any other transformer, through its own forward."""
 
-    def __init__(self, weights: Any, padding: int, steps: list[Callable[[Any], Any]]) -> None:
-        super().__init__(steps)
-        self._weights = weights
-        self._padding = padding
-        self.device = weights.device
+    def __init__(self, weights: Any, device: torch.device, name: str, steps: Steps) -> None:
+        super().__init__(name, steps)
+        self._forward = OwnForward(weights, device, name)
+        self.device = device
 
     def states(self, part: LateTokens) -> torch.Tensor:
         """Return the last hidden state of every token, (t, h)."""
-        tokens, lengths = part.tokens, part.tokens.lengths
-        longest = int(lengths.max())
-        there = np.arange(longest) < lengths[:, None]
-        ids = np.full(there.shape, self._padding, dtype=np.int64)
-        ids[there] = tokens.ids
-        seen = there if part.attended is None else np.arange(longest) < part.attended[:, None]
-        inputs = {"input_ids": to_device(ids, self.device)}
-        # a mask without a zero costs a synchronisation and forbids fast attention
-        if not seen.all():
-            inputs["attention_mask"] = to_device(seen.astype(np.int64), self.device)
-        states = self._weights(**inputs).last_hidden_state
-        states = states.reshape(-1, states.shape[-1])
-        if there.all():
-            return states
-        return states[to_device(np.flatnonzero(there), self.device)]
+        return self._forward.states(part.tokens, part.attended)
 
 
 def load_late_interaction(
     model: ModelFolder,
     recipe: Recipe,
-    padding: int,
     device: torch.device,
     dtype: torch.dtype,
     trust_remote_code: bool,
@@ -124,8 +115,6 @@ def load_late_interaction(
         Where it is.
     recipe : Recipe
         What it says.
-    padding : int
-        The id of its padding token.
     device : torch.device
         Where to.
     dtype : torch.dtype
@@ -148,9 +137,9 @@ def load_late_interaction(
     with load_errors(name), alone():
         steps = [_step(model, step, device, dtype, trust_remote_code) for step in recipe.steps]
         weights.to(device)
-        if can_pack(weights.config) and type(weights).__module__.startswith("transformers."):
-            return PackedLateInteraction(weights, steps)
-        return PaddedLateInteraction(weights, padding, steps)
+        if can_pack(weights.config) and is_own(weights):
+            return PackedLateInteraction(weights, name, steps)
+        return OwnLateInteraction(weights, device, name, steps)
 
 
 def _step(

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from gpu_lance.embeddings.locate import read_json
-from gpu_lance.embeddings.model_folder import ModelFolder, ModuleFiles, safetensors_header
+from gpu_lance.embeddings.model_folder import (
+    IN_AND_OUT,
+    ModelFolder,
+    ModuleFiles,
+    safetensors_header,
+)
 from gpu_lance.errors import EmbeddingError, UntrustedModelError
 from gpu_lance.optional import require
 from gpu_lance.types import Side
@@ -343,8 +348,7 @@ def check_steps(model: ModelFolder, recipe: Recipe, name: str, trust_remote_code
 
 def _is_known(step: ModuleFiles) -> bool:
     if step.kind in ("Dense", "Normalize"):
-        given = step.config.get("module_input_name") or TOKEN_LEVEL
-        return given == TOKEN_LEVEL == (step.config.get("module_output_name") or given)
+        return all(step.config.get(name) in (None, TOKEN_LEVEL) for name in IN_AND_OUT)
     return step.kind == "Linear"
 
 

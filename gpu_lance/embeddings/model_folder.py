@@ -44,6 +44,10 @@ _ABSOLUTE = _ROBERTA_KIN | {"bert", "distilbert", "electra", "albert", "gpt2", "
 _N_POSITIONS = frozenset({"codegen", "ctrl", "gpt2", "gpt_bigcode", "gptj", "openai-gpt"})
 # What models that project their last state call its width.
 _PROJECTED = {"embedding_gemma2_text": "embedding_dim", "opt": "word_embed_proj_dim"}
+# What a layer calls its input and its output.
+IN_AND_OUT = ("module_input_name", "module_output_name")
+# No width or length of a model comes near it.
+_MOST = 1 << 24
 POOLING_MODES = frozenset(_POOLING_FLAGS.values())
 _PLAIN_TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 
@@ -187,6 +191,30 @@ class ModelFolder:
                 return size
         return None
 
+    def check(self) -> None:
+        """Read all that the properties give, so that none of them fails later.
+
+        Raises
+        ------
+        EmbeddingError
+            If a width or a length is no number that a model can have.
+        Exception
+            Of any kind, if a value is of a kind that makes no sense.
+        """
+        told = {
+            "vectors of length": self.ndims(),
+            "states of length": self.hidden_size,
+            "positions up to": self.positions,
+            "texts of tokens up to": self.max_seq_length,
+        }
+        for what, count in told.items():
+            if count is not None and not 0 < count <= _MOST:
+                raise EmbeddingError(
+                    f"The configuration of the model in {self.folder} says {what} {count}, which "
+                    "is impossible; get the model again."
+                )
+        _ = self.prompts, self.pooling, self.tokenizer_limit, self.is_packable
+
     def stamp(self) -> list[tuple[str, int, int]]:
         """Name, size and time of every file: a model saved anew to its folder is another one."""
         return sorted(
@@ -285,12 +313,8 @@ def _is_plain(module: ModuleFiles) -> bool:
             and set(_pooling_modes(config)) <= POOLING_MODES
         )
     if module.kind in ("Dense", "Normalize"):
-        names = {config.get(name) or "sentence_embedding" for name in _IN_AND_OUT}
-        return names == {"sentence_embedding"}
+        return all(config.get(name) in (None, "sentence_embedding") for name in IN_AND_OUT)
     return False
-
-
-_IN_AND_OUT = ("module_input_name", "module_output_name")
 
 
 def _hidden_size(config: dict[str, Any]) -> int | None:

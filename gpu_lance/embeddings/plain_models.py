@@ -8,16 +8,22 @@ which on a CPU also cost less than the padding and its mask.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpu_lance.embeddings.backbone import alone, load_backbone, load_errors
-from gpu_lance.embeddings.encoder import PackedEncoder, can_pack, runs_of, to_device
+from gpu_lance.embeddings.backbone import alone, forward_errors, load_backbone, load_errors
+from gpu_lance.embeddings.encoder import (
+    PackedEncoder,
+    can_pack,
+    check_vocabulary,
+    runs_of,
+    to_device,
+)
 from gpu_lance.embeddings.model_folder import ModelFolder
 from gpu_lance.embeddings.pooling import pool, pool_padded
 from gpu_lance.embeddings.tokens import Tokens
-from gpu_lance.errors import EmbeddingError
 from gpu_lance.optional import require
 
 if TYPE_CHECKING:
@@ -36,9 +42,6 @@ PADDED_TYPES = frozenset(
         "roberta-prelayernorm roformer smollm3 starcoder2 t5 umt5 xlm-roberta xlm-roberta-xl xlnet"
     ).split()
 )
-
-# What a forward raises if texts alone are not what the model takes.
-_NOT_FOR_TEXT = (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError)
 
 
 class PackedTransformer:
@@ -64,68 +67,72 @@ class OwnForward:
         Which that is.
     name : str
         What messages call it.
-    pads : bool
-        Whether texts of several lengths run at once, padded, or in groups of equal length.
+    pads : bool, optional
+        Whether texts of several lengths run at once, padded, or in groups of equal length. None
+        pads models of PADDED_TYPES, but on a CPU, where groups cost less.
     """
 
-    def __init__(self, weights: Any, device: torch.device, name: str, pads: bool) -> None:
+    def __init__(
+        self, weights: Any, device: torch.device, name: str, pads: bool | None = None
+    ) -> None:
         config = weights.config
         if hasattr(config, "use_cache"):
             config.use_cache = False  # keys and values are for generating text
         arguments = inspect.signature(weights.forward).parameters
         self._takes = None if "kwargs" in arguments else set(arguments)
+        if pads is None:
+            pads = device.type != "cpu" and config.model_type in PADDED_TYPES and is_own(weights)
         self._pads = pads
         self._pad_id = int(getattr(config, "pad_token_id", None) or 0)
-        self._vocabulary = _vocabulary(weights)
+        self._vocabulary = vocabulary_of(weights)
         self._weights = weights
         self._device = device
         self._name = name
 
     def __call__(self, tokens: Tokens, pooling: str) -> torch.Tensor:
         """Embed texts, those of equal length side by side: (n, h), float32."""
-        torch = require("torch", extra=EXTRA)
-        largest = int(tokens.ids.max())
-        if self._vocabulary is not None and largest >= self._vocabulary:
-            # on a GPU it would end the whole process's use of it
-            raise EmbeddingError(
-                f"The tokenizer gives the token {largest}, but the model knows only "
-                f"{self._vocabulary}; the files of two models are mixed up."
-            )
-        lengths = tokens.lengths
-        if self._pads:
-            return self._batch(tokens.ids, tokens.more, lengths, pooling)
         made = []
-        for run in runs_of(lengths):
-            part = slice(run.start, run.stop)
-            more = {name: values[part] for name, values in tokens.more.items()}
-            made.append(
-                self._batch(tokens.ids[part], more, np.full(run.count, run.length), pooling)
-            )
-        return torch.cat(made)
+        for part, _ in self._parts(tokens):
+            lengths = part.lengths
+            equal = bool((lengths == lengths[0]).all())
+            made.append(pool_padded(self._forward(part), None if equal else lengths, pooling))
+        return require("torch", extra=EXTRA).cat(made)
 
-    def _batch(
-        self, ids: np.ndarray, more: dict[str, np.ndarray], lengths: np.ndarray, pooling: str
-    ) -> torch.Tensor:
-        """One forward over texts that stand end to end, and its pooled states."""
-        # a mask without a zero costs a synchronisation and forbids fast attention
-        equal = bool((lengths == lengths[0]).all())
-        real = np.arange(lengths.max()) < lengths[:, None]  # (n, longest)
-        inputs = {"input_ids": self._matrix(ids, real, self._pad_id)}
-        for name, values in more.items():
+    def states(self, tokens: Tokens, attended: np.ndarray | None = None) -> torch.Tensor:
+        """Return the last hidden state of every token; see :class:`PackedEncoder`."""
+        made = []
+        for part, rows in self._parts(tokens):
+            states = self._forward(part, None if attended is None else attended[rows])
+            real = np.flatnonzero(_before(part.lengths, part.lengths))
+            flat = states.reshape(-1, states.shape[-1])
+            made.append(flat if len(real) == len(flat) else flat[to_device(real, self._device)])
+        return require("torch", extra=EXTRA).cat(made)
+
+    def _parts(self, tokens: Tokens) -> Iterator[tuple[Tokens, slice]]:
+        """What may run at once: texts, and which they are."""
+        check_vocabulary(tokens, self._vocabulary)
+        if self._pads:
+            yield tokens, slice(None)
+            return
+        first = 0
+        for run in runs_of(tokens.lengths):
+            rows = slice(first, first + run.count)
+            first += run.count
+            yield tokens.take(np.arange(rows.start, rows.stop)), rows
+
+    def _forward(self, tokens: Tokens, attended: np.ndarray | None = None) -> torch.Tensor:
+        """The states of texts, padded on the right: (n, longest, h)."""
+        real = _before(tokens.lengths, tokens.lengths)
+        inputs = {"input_ids": self._matrix(tokens.ids, real, self._pad_id)}
+        for name, values in tokens.more.items():
             if self._takes is None or name in self._takes:
                 inputs[name] = self._matrix(values, real, 0)
-        if not equal:
-            inputs["attention_mask"] = to_device(real.astype(np.int64), self._device)
-        try:
-            states = self._weights(**inputs).last_hidden_state
-        except _NOT_FOR_TEXT as error:
-            reason = (str(error).strip().splitlines() or [""])[0]
-            raise EmbeddingError(
-                f"The model {self._name!r} cannot embed a text by itself "
-                f"({type(error).__name__}: {reason}). Use a text model that transformers' "
-                "AutoModel runs."
-            ) from error
-        return pool_padded(states, None if equal else lengths, pooling)
+        seen = real if attended is None else _before(attended, tokens.lengths)
+        # a mask without a zero costs a synchronisation and forbids fast attention
+        if not seen.all():
+            inputs["attention_mask"] = to_device(seen.astype(np.int64), self._device)
+        with forward_errors(self._name):
+            return self._weights(**inputs).last_hidden_state
 
     def _matrix(self, values: np.ndarray, real: np.ndarray, fill: int) -> torch.Tensor:
         """Values that stand end to end as rows, padded on the right: (n, longest), int64."""
@@ -166,18 +173,23 @@ def load_plain_model(
     )
     with load_errors(name), alone():
         weights.to(device)
-        if _is_own(weights) and not model.has_added_weights and can_pack(weights.config):
+        if is_own(weights) and not model.has_added_weights and can_pack(weights.config):
             return PackedTransformer(weights)
-        pads = weights.config.model_type in PADDED_TYPES and _is_own(weights)
-        return OwnForward(weights, device, name, pads=pads and device.type != "cpu")
+        return OwnForward(weights, device, name)
 
 
-def _is_own(weights: Any) -> bool:
+def is_own(weights: Any) -> bool:
     """Whether the model's code is transformers', and not the folder's."""
     return type(weights).__module__.startswith("transformers.")
 
 
-def _vocabulary(weights: Any) -> int | None:
+def _before(counts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """(n, longest), bool: the first so many places of each row."""
+    return np.arange(lengths.max()) < counts[:, None]
+
+
+def vocabulary_of(weights: Any) -> int | None:
+    """How many tokens a model has embeddings for; None if it does not say."""
     try:
         return int(weights.get_input_embeddings().num_embeddings)
     except (AttributeError, NotImplementedError):

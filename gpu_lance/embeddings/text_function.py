@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import PrivateAttr
 
 from gpu_lance.device import parse_dtype
+from gpu_lance.embeddings.backbone import load_errors
 from gpu_lance.embeddings.base import TextEmbeddingFunction
 from gpu_lance.embeddings.device_base import DeviceEmbeddingFunction, Payload
 from gpu_lance.embeddings.loading import MODELS
@@ -153,7 +154,10 @@ class TextModelFunction(  # type: ignore[misc]  # the names of arguments differ
 
     def _model_folder(self) -> ModelFolder:
         if self._folder is None:
-            self._folder = ModelFolder(self._locate().folder, plain=self.plain)
+            folder = ModelFolder(self._locate().folder, plain=self.plain)
+            with load_errors(self._told(self.name)):
+                folder.check()
+            self._folder = folder
         return self._folder
 
     def _load_key(self, device: torch.device | None) -> dict[str, Any]:

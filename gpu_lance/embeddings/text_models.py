@@ -12,9 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpu_lance.embeddings.backbone import alone, load_backbone, load_errors
-from gpu_lance.embeddings.encoder import PACKED_TYPES, PackedEncoder, can_pack, runs_of
+from gpu_lance.embeddings.backbone import alone, forward_errors, load_backbone, load_errors
+from gpu_lance.embeddings.encoder import (
+    PACKED_TYPES,
+    PackedEncoder,
+    can_pack,
+    check_vocabulary,
+    runs_of,
+)
 from gpu_lance.embeddings.model_folder import ModelFolder
+from gpu_lance.embeddings.plain_models import vocabulary_of
 from gpu_lance.embeddings.pooling import pool
 from gpu_lance.embeddings.tokens import TextTokenizer, Tokens
 from gpu_lance.errors import UntrustedModelError
@@ -41,7 +48,8 @@ class PackedModel(TextModel):
     def __init__(
         self, model: ModelFolder, weights: Any, device: torch.device, trust_remote_code: bool
     ) -> None:
-        weights.to(device).eval().requires_grad_(False)
+        weights.to(device)
+        self._name = str(model.folder)
         self._encoder = PackedEncoder(weights)
         self._modes = model.pooling
         self._after = [
@@ -54,8 +62,9 @@ class PackedModel(TextModel):
         tokens: Tokens = data.take(rows)
         runs = runs_of(tokens.lengths)
         vectors = pool(self._encoder(tokens, runs), runs, self._modes)
-        for module in self._after:
-            vectors = module(vectors)
+        with forward_errors(self._name):
+            for module in self._after:
+                vectors = module(vectors)
         return vectors
 
 
@@ -65,14 +74,19 @@ class PaddedModel(TextModel):
     On a CPU groups of texts of equal length cost less than the padding and its mask.
     """
 
-    def __init__(self, library: Any, tokenizer: TextTokenizer, device: torch.device) -> None:
+    def __init__(
+        self, library: Any, tokenizer: TextTokenizer, device: torch.device, name: str
+    ) -> None:
         self.library = library
+        self._vocabulary = vocabulary_of(library[0].auto_model)
+        self._name = name
         self._tokenizer = tokenizer.hf
         self._device = device
 
     def __call__(self, data: Any, rows: np.ndarray, side: Side, prompt: str) -> torch.Tensor:
         """Embed texts that stand in `data` as Tokens."""
         tokens: Tokens = data.take(rows)
+        check_vocabulary(tokens, self._vocabulary)
         if self._device.type != "cpu":
             return self._batch(tokens)
         counts = [run.count for run in runs_of(tokens.lengths)]
@@ -90,28 +104,31 @@ class PaddedModel(TextModel):
             features.pop("attention_mask", None)
         features = {name: tensor.to(self._device) for name, tensor in features.items()}
         features["modality"] = "text"
-        for module in self.library:
-            features = module(features)
-        return features["sentence_embedding"]
+        with forward_errors(self._name):
+            for module in self.library:
+                features = module(features)
+            return features["sentence_embedding"]
 
 
 class LibraryModel(TextModel):
     """The library's own ``encode``, on the right side."""
 
-    def __init__(self, library: Any) -> None:
+    def __init__(self, library: Any, name: str) -> None:
         self.library = library
+        self._name = name
 
     def __call__(self, data: Any, rows: np.ndarray, side: Side, prompt: str) -> torch.Tensor:
         """Embed texts that stand in `data` as a list."""
-        return self.library.encode(
-            [data[row] for row in rows],
-            prompt=prompt,
-            batch_size=len(rows),
-            convert_to_tensor=True,
-            convert_to_numpy=False,
-            show_progress_bar=False,
-            task="query" if side is Side.QUERY else "document",
-        )
+        with forward_errors(self._name):
+            return self.library.encode(
+                [data[row] for row in rows],
+                prompt=prompt,
+                batch_size=len(rows),
+                convert_to_tensor=True,
+                convert_to_numpy=False,
+                show_progress_bar=False,
+                task="query" if side is Side.QUERY else "document",
+            )
 
 
 def load_text_model(
@@ -157,8 +174,8 @@ def load_text_model(
                     return PackedModel(model, weights, device, trust_remote_code)
     library = load_library(model, device, dtype, trust_remote_code)
     if tokenizer is not None:
-        return PaddedModel(library, tokenizer, device)
-    return LibraryModel(library)
+        return PaddedModel(library, tokenizer, device, str(model.folder))
+    return LibraryModel(library, str(model.folder))
 
 
 def load_library(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gpu_lance.embeddings.model_folder import ModelFolder
-from gpu_lance.errors import BadInputError
+from gpu_lance.errors import BadInputError, EmbeddingError
 from gpu_lance.optional import require
 
 EXTRA = "cpu|cuda13|cuda12"
@@ -75,9 +75,20 @@ class TextTokenizer:
         The model's tokenizer.
     limit : int or None
         The most tokens of a text, special ones included.
+
+    Raises
+    ------
+    EmbeddingError
+        If the limit leaves no room for the special tokens; the library would then cut nothing off.
     """
 
     def __init__(self, tokenizer: Any, limit: int | None) -> None:
+        special = tokenizer.num_special_tokens_to_add(pair=False)
+        if limit is not None and limit < max(1, special):
+            raise EmbeddingError(
+                f"The model's files allow a text {limit} tokens, but {special} special ones stand "
+                "around each; get the model again."
+            )
         backend = tokenizer.backend_tokenizer
         fast = type(backend).from_str(backend.to_str())
         fast.encode_special_tokens = backend.encode_special_tokens

@@ -12,7 +12,7 @@ import torch
 
 from gpu_lance.embeddings import get_registry
 from gpu_lance.embeddings.colbert import ColbertEmbeddings
-from gpu_lance.embeddings.late_interaction import PackedLateInteraction, PaddedLateInteraction
+from gpu_lance.embeddings.late_interaction import OwnLateInteraction, PackedLateInteraction
 from gpu_lance.embeddings.loading import MODELS
 from gpu_lance.errors import BadInputError, EmbeddingError
 from gpu_lance.types import Side
@@ -91,7 +91,7 @@ def test_vectors_equal_the_librarys(folders, name):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("saved", PackedLateInteraction), ("roberta", PackedLateInteraction),
-     ("distilbert", PackedLateInteraction), ("electra", PaddedLateInteraction)],
+     ("distilbert", PackedLateInteraction), ("electra", OwnLateInteraction)],
 )  # fmt: skip
 def test_bert_and_its_kin_run_packed(folders, name, kind):
     assert type(create(folders[name])._model(torch.device("cpu"))) is kind

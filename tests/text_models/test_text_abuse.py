@@ -1,0 +1,90 @@
+"""Checkpoints that make no sense, by every provider of text that runs here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpu_lance.embeddings.colbert import ColbertEmbeddings
+from gpu_lance.embeddings.huggingface import TransformersEmbeddingFunction
+from gpu_lance.embeddings.sentence_transformers import SentenceTransformerEmbeddings
+from gpu_lance.errors import EmbeddingError
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this file
+import colbert_checkpoints as late
+
+torch = pytest.importorskip("torch")
+
+CPU = torch.device("cpu")
+HUGGINGFACE, SENTENCES = TransformersEmbeddingFunction, SentenceTransformerEmbeddings
+POOLING, DENSE = "1_Pooling/config.json", "2_Dense/config.json"
+LIBRARY, FIRST = "config_sentence_transformers.json", "sentence_bert_config.json"
+
+
+def changed(source: Path, target: Path, file: str, **changes: Any) -> Path:
+    """A copy of a model's folder with other values in one of its JSON files."""
+    shutil.copytree(source, target)
+    content = json.loads((target / file).read_text())
+    (target / file).write_text(json.dumps({**content, **changes}))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("provider", "file", "key", "value"),
+    [
+        (HUGGINGFACE, "config.json", "hidden_size", -1),
+        (HUGGINGFACE, "config.json", "hidden_size", 0),
+        (HUGGINGFACE, "config.json", "hidden_size", 10**12),
+        (HUGGINGFACE, "config.json", "model_type", ["bert"]),
+        (HUGGINGFACE, "tokenizer_config.json", "model_max_length", 0),
+        (SENTENCES, POOLING, "pooling_mode", 1.5),
+        (SENTENCES, DENSE, "out_features", None),
+        (SENTENCES, DENSE, "out_features", -1),
+        (SENTENCES, DENSE, "out_features", "x"),
+        (SENTENCES, DENSE, "module_input_name", "x"),
+        (SENTENCES, DENSE, "module_input_name", [1]),
+        (SENTENCES, LIBRARY, "prompts", ["query: "]),
+        (SENTENCES, FIRST, "max_seq_length", 1),
+        (SENTENCES, FIRST, "max_seq_length", "x"),
+        (SENTENCES, FIRST, "module_output_name", "x"),
+        (SENTENCES, "tokenizer_config.json", "model_max_length", 1),
+    ],
+)  # fmt: skip
+def test_a_value_that_makes_no_sense_is_an_error_of_ours(
+    checkpoints, tmp_path, provider, file, key, value
+):
+    source = checkpoints.transformer("bert")
+    if provider is SENTENCES:
+        source = checkpoints.sentence("bert", dense=16)
+    folder = changed(source, tmp_path / "model", file, **{key: value})
+    if key == "model_max_length" and provider is SENTENCES:
+        (folder / FIRST).write_text("{}")
+    with pytest.raises((EmbeddingError, ValueError), match=r"model|max_length") as caught:
+        provider.create(name=str(folder), device="cpu").compute_source_embeddings(["fox " * 99])
+    assert type(caught.value).__module__ == "gpu_lance.errors"
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_a_tokenizer_of_more_tokens_than_the_model_knows(checkpoints, tmp_path, kind):
+    from safetensors.torch import load_file, save_file
+
+    for provider, source in (
+        (HUGGINGFACE, checkpoints.transformer(kind)),
+        (SENTENCES, checkpoints.sentence(kind)),
+        (ColbertEmbeddings, late.of_transformer(tmp_path / "late", checkpoints.transformer(kind))),
+    ):
+        folder = changed(source, tmp_path / provider.__name__, "config.json", vocab_size=20)
+        weights = load_file(folder / "model.safetensors")
+        weights = {
+            name: weight[:20].contiguous() if "word" in name or "tok_emb" in name else weight
+            for name, weight in weights.items()
+        }
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        function = provider.create(name=str(folder), device="cpu")
+        with pytest.raises(EmbeddingError, match=r"knows only 20; the files of two models"):
+            function.compute_source_embeddings(["the quick fox jumps"])
