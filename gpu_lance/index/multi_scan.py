@@ -241,7 +241,9 @@ class MultiScan:
     def _step(self, columns: int) -> int:
         """How many vectors a piece has at most."""
         ndims, kind = self.snapshot.ndims, self.snapshot.device.type
-        step = min(tile_rows(ndims), PRODUCT_BYTES.get(kind, OTHER_PRODUCT_BYTES) // (4 * columns))
+        step = min(
+            tile_rows(ndims), PRODUCT_BYTES.get(kind, OTHER_PRODUCT_BYTES) // (4 * max(1, columns))
+        )
         if kind == "cpu" and self.snapshot.dtype.itemsize == 2:
             step = min(step, WIDE_BYTES // (4 * ndims))
         return max(1, step)

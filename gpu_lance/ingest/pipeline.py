@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from gpu_lance.ingest.channel import Channel, Stage, Stopped
 from gpu_lance.ingest.embed import (
@@ -37,8 +38,11 @@ T = TypeVar("T")
 AHEAD = 2  # batches that wait between two stages
 PATIENCE = 5.0  # seconds
 KEPT_BYTES = 1 << 30
-# Rows of a batch whose function may give each of them hundreds of vectors.
+# Rows and bytes of text of a batch whose function may give each word a vector: hundreds of bytes
+# each, of which several batches are under way. So much text takes longer to tokenise than a GPU
+# takes to embed it, so smaller batches cost nothing.
 MULTIVECTOR_ROWS = 1024
+MULTIVECTOR_TEXT = 1 << 19
 
 
 class Placed(Protocol):
@@ -167,8 +171,14 @@ class Pipeline:
         self._columns = columns
         self._policy = policy
         made = any(column.function is not None for column in columns)
-        several = any(column.function is not None and column.multi for column in columns)
-        self._rows = MULTIVECTOR_ROWS if several else MAX_ROWS
+        # what is made into several vectors a row
+        self._texts = {
+            name
+            for column in columns
+            if column.function is not None and column.multi
+            for name in column.sources
+        }
+        self._rows = MULTIVECTOR_ROWS if self._texts else MAX_ROWS
         self._device = place.device if place is not None and made else None
         self._progress = progress
         self.report = Report()
@@ -189,19 +199,25 @@ class Pipeline:
         """
         if source.num_rows != 0:
             check_sources(source.schema.names, self._columns)
+        parts = self._prepared(source)
         if source.num_rows is not None and source.num_rows <= self._rows:
-            batches = [self._stored(self._embed(p)) for p in self._prepared(source)]
-            with self._timed("write"):
-                return write(iter(batches))
-        return self._threaded(source, write)
+            few = list(parts)
+            if len(few) <= 1 or not self._texts:
+                batches = [self._stored(self._embed(p)) for p in few]
+                with self._timed("write"):
+                    return write(iter(batches))
+            parts = iter(few)
+        return self._threaded(parts, write)
 
-    def _threaded(self, source: Source, write: Callable[[Iterator[pa.RecordBatch]], T]) -> T:
+    def _threaded(
+        self, parts: Iterator[Prepared], write: Callable[[Iterator[pa.RecordBatch]], T]
+    ) -> T:
         ready: Channel[Prepared] = Channel(AHEAD)
         done: Channel[pa.RecordBatch] = Channel(AHEAD)
 
         def read() -> None:
             try:
-                for prepared in self._prepared(source):
+                for prepared in parts:
                     ready.put(prepared)
             except Stopped:
                 return
@@ -248,12 +264,24 @@ class Pipeline:
                 batch = next(batches, None)
             if batch is None:
                 return
-            for start in range(0, batch.num_rows, self._rows):
-                part = batch.slice(start, self._rows)
+            for part in self._cut(batch):
                 with self._timed("prepare"):
                     prepared = prepare(part, self._schema, self._columns, self._policy, first_row)
                 first_row += part.num_rows
                 yield prepared
+
+    def _cut(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+        """A batch in parts whose vectors fit into memory; a longer text is one by itself."""
+        before = np.zeros(batch.num_rows + 1, np.int64)  # bytes of text
+        for name in self._texts & set(batch.schema.names):
+            before[1:] += np.cumsum(_text_bytes(batch.column(name)))
+        start = 0
+        while start < batch.num_rows:
+            most = before[start] + MULTIVECTOR_TEXT
+            stop = int(np.searchsorted(before, most, side="right")) - 1
+            stop = min(max(stop, start + 1), start + self._rows)
+            yield batch.slice(start, stop - start)
+            start = stop
 
     def _embed(self, prepared: Prepared) -> Embedded:
         if self._device is None or not prepared.wanted:
@@ -289,6 +317,14 @@ class Pipeline:
 
     def _timed(self, stage: str) -> _Timer:
         return _Timer(self.report.seconds, stage)
+
+
+def _text_bytes(array: pa.Array) -> np.ndarray:
+    """Bytes of each text (n,), int64; zeros for what is no column of texts."""
+    kind = array.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        return np.zeros(len(array), np.int64)
+    return pc.binary_length(array).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 class _Timer:
