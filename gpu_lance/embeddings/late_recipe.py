@@ -24,6 +24,8 @@ TOKEN_LEVEL = "token_embeddings"
 
 # What Stanford's code takes where a checkpoint says nothing.
 _QUERY_LENGTH, _DOCUMENT_LENGTH = 32, 220
+# Each query is filled up to its length, which not every model limits by its positions.
+_LONGEST_QUERY = 65_536
 _MARKERS = {Side.QUERY: ("query_token_id", "[unused0]"), Side.SOURCE: ("doc_token_id", "[unused1]")}
 _PREFIXES = {Side.QUERY: "query_prefix", Side.SOURCE: "document_prefix"}
 _PROMPTS = {Side.QUERY: ("query",), Side.SOURCE: ("document", "passage", "corpus")}
@@ -297,8 +299,8 @@ def _expansion(told: Any, path: Path) -> Expansion | None:
     if not isinstance(told, dict) or told.get("strategy") not in ("fixed", "min"):
         raise _wrong(path, "query_expansion", told, "null or a strategy, 'fixed' or 'min'")
     length = _count(told, "length", path)
-    if length is None:
-        raise _wrong(path, "query_expansion", told, "one with a length")
+    if length is None or length > _LONGEST_QUERY:
+        raise _wrong(path, "query_expansion", told, f"one with a length up to {_LONGEST_QUERY:,}")
     token = told.get("token")
     return Expansion(
         length, told["strategy"] == "fixed", bool(told.get("attend")), token and str(token)

@@ -205,7 +205,10 @@ def _fault(folder: Path) -> str | None:
     """
     for index in folder.rglob("*.safetensors.index.json"):
         parts = (read_json(index, dict) or {}).get("weight_map") or {}
-        if lost := [name for name in parts.values() if not (index.parent / name).is_file()]:
+        if not isinstance(parts, dict):
+            return f"has an {index.name} that lists no weights"
+        names = [str(name) for name in parts.values()]
+        if lost := [name for name in names if not (index.parent / name).is_file()]:
             return f"has no file {min(lost)!r}, a part of the weights"
     modules = read_json(folder / "modules.json", list)
     if modules is None:

@@ -349,6 +349,6 @@ def safetensors_header(path: Path) -> dict[str, Any]:
             if size > 100_000_000:  # the format's own limit
                 return {}
             header = json.loads(file.read(size))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return header if isinstance(header, dict) else {}

@@ -12,8 +12,9 @@ import pytest
 
 from gpu_lance.embeddings.colbert import ColbertEmbeddings
 from gpu_lance.embeddings.huggingface import TransformersEmbeddingFunction
+from gpu_lance.embeddings.model_folder import safetensors_header
 from gpu_lance.embeddings.sentence_transformers import SentenceTransformerEmbeddings
-from gpu_lance.errors import EmbeddingError
+from gpu_lance.errors import EmbeddingError, ModelNotFoundError
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this file
 import colbert_checkpoints as late
@@ -88,3 +89,33 @@ def test_a_tokenizer_of_more_tokens_than_the_model_knows(checkpoints, tmp_path, 
         function = provider.create(name=str(folder), device="cpu")
         with pytest.raises(EmbeddingError, match=r"knows only 20; the files of two models"):
             function.compute_source_embeddings(["the quick fox jumps"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weight_map": {"a": 5}}, "has no file '5', a part of the weights"),
+        ({"weight_map": ["a"]}, "lists no weights"),
+    ],
+)
+def test_a_list_of_weights_that_makes_no_sense(checkpoints, tmp_path, content, message):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints.transformer("bert"), folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(ModelNotFoundError, match=message):
+        HUGGINGFACE.create(name=str(folder), device="cpu").ndims()
+
+
+def test_a_header_of_weights_that_is_nested_too_deep_holds_nothing(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((200_000).to_bytes(8, "little") + b"[" * 200_000)
+    assert safetensors_header(path) == {}
+
+
+def test_queries_are_not_filled_up_without_end(checkpoints, tmp_path):
+    # its positions are rotary, so they limit nothing
+    source = late.of_transformer(tmp_path / "late", checkpoints.transformer("modernbert"))
+    expansion = {"strategy": "fixed", "length": 10**9, "attend": True}
+    folder = changed(source, tmp_path / "model", FIRST, query_expansion=expansion)
+    with pytest.raises(EmbeddingError, match=r"query_expansion.*up to 65,536"):
+        ColbertEmbeddings.create(name=str(folder), device="cpu").compute_query_embeddings("fox")
