@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gpu_lance.embeddings.colbert import ColbertEmbeddings
 from gpu_lance.embeddings.huggingface import TransformersEmbeddingFunction
 from gpu_lance.embeddings.model_folder import safetensors_header
+from gpu_lance.embeddings.plain_models import OwnForward
 from gpu_lance.embeddings.sentence_transformers import SentenceTransformerEmbeddings
+from gpu_lance.embeddings.tokens import Tokens
 from gpu_lance.errors import EmbeddingError, ModelNotFoundError
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this file
@@ -119,3 +122,27 @@ def test_queries_are_not_filled_up_without_end(checkpoints, tmp_path):
     folder = changed(source, tmp_path / "model", FIRST, query_expansion=expansion)
     with pytest.raises(EmbeddingError, match=r"query_expansion.*up to 65,536"):
         ColbertEmbeddings.create(name=str(folder), device="cpu").compute_query_embeddings("fox")
+
+
+@pytest.mark.parametrize("kind", ["modernbert", "electra"])
+def test_padding_changes_no_token_and_hides_what_is_not_attended(checkpoints, kind):
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(str(checkpoints.transformer(kind))).eval()
+    lengths, attended = np.array([9, 9, 4, 4, 1]), np.array([9, 5, 4, 2, 1])
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    ids = np.random.default_rng(0).integers(5, 60, lengths.sum()).astype(np.int32)
+    tokens = Tokens(ids, offsets)
+    for seen in (None, attended):
+        with torch.inference_mode():
+            padded = OwnForward(model, CPU, "m", pads=True).states(tokens, seen)
+            grouped = OwnForward(model, CPU, "m", pads=False).states(tokens, seen)
+            alone = []
+            for i, part in enumerate(np.split(ids.astype(np.int64), offsets[1:-1])):
+                mask = np.arange(len(part)) < (lengths if seen is None else seen)[i]
+                inputs = {"input_ids": part, "attention_mask": mask.astype(np.int64)}
+                given = {name: torch.from_numpy(values)[None] for name, values in inputs.items()}
+                alone.append(model(**given).last_hidden_state[0])
+        wanted = torch.cat(alone)
+        torch.testing.assert_close(grouped, wanted, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(padded, wanted, atol=2e-5, rtol=1e-4)
