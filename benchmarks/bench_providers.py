@@ -85,9 +85,10 @@ def workers_of(
 # ---------------------------------------------------------------------------------------- the CPU
 
 
-def on_cpu(folders: dict[str, Path], scale: float, rounds: int, missed: list[str]) -> list[Any]:
-    """Every case on one thread: rows of the report."""
-    report = []
+def on_cpu(
+    folders: dict[str, Path], scale: float, rounds: int, missed: list[str]
+) -> Iterator[list[Any]]:
+    """The rows of the report, case by case, on one thread."""
     for model, folder in folders.items():
         with workers_of(("gpu_lance", "lancedb"), folder, "cpu", 1) as workers:
             for worker in workers.values():
@@ -126,8 +127,7 @@ def on_cpu(folders: dict[str, Path], scale: float, rounds: int, missed: list[str
                     missed.append(f"{model}, {kind}: {theirs['ours_over_it']:.2f}, not {aim:g}")
                 if ours["loads"] != 1:
                     missed.append(f"{model}: {ours['loads']} loads of the model, not one")
-                report += rows
-    return report
+                yield rows
 
 
 def cpu_row(
@@ -172,9 +172,8 @@ WAYS: list[tuple[str, str, dict[str, Any]]] = [
 
 def on_gpu(
     folders: dict[str, Path], device: str, scale: float, rounds: int, missed: list[str]
-) -> list[Any]:
-    """Every case on a GPU: rows of the report."""
-    report = []
+) -> Iterator[list[Any]]:
+    """The rows of the report, case by case, on a GPU."""
     names = ("gpu_lance", "lancedb", "sentence_transformers")
     for model, folder in folders.items():
         with (
@@ -186,8 +185,7 @@ def on_gpu(
             for (of, kind), count in CUDA.items():
                 if of == model:
                     rows = max(64, round(scale * count))
-                    report += gpu_case(model, kind, folder, workers, rows, rounds, missed)
-    return report
+                    yield gpu_case(model, kind, folder, workers, rows, rounds, missed)
 
 
 def warm(workers: dict[str, Worker], texts: list[str], place: Path) -> None:
@@ -301,13 +299,15 @@ def main() -> None:
             folders["bert-base"] = bert_base(Path(place), minilm)
         folders = {name: folders[name] for name in args.models.split(",")}
         if args.device == "cpu":
-            rows = on_cpu(folders, args.scale, args.rounds, missed)
+            cases = on_cpu(folders, args.scale, args.rounds, missed)
         else:
-            rows = on_gpu(folders, args.device, args.scale, args.rounds, missed)
-    made = stamp(LIBRARIES, args.device)
+            cases = on_gpu(folders, args.device, args.scale, args.rounds, missed)
+        made, rows = stamp(LIBRARIES, args.device), []
+        for case in cases:
+            rows += case
+            if args.out:  # after each, so that a run that is cut off leaves what it has
+                write_csv(args.out, rows, made)
     print(f"\n{time.perf_counter() - started:.0f} s; " + ", ".join(map(" ".join, made.items())))
-    if args.out:
-        write_csv(args.out, rows, made)
     if missed:
         raise SystemExit("Below what is wanted: " + "; ".join(missed))
 

@@ -71,6 +71,16 @@ def test_chunks_change_nothing(tokenizer, monkeypatch):
     for size in (1, 20, 600):
         monkeypatch.setattr(tokens_module, "_CHUNK", size)
         assert split(tokenizer(TEXTS)) == wanted
+    monkeypatch.undo()
+    for count in (1, 2, 5):
+        monkeypatch.setattr(tokens_module, "_CHUNK_TEXTS", count)
+        assert split(tokenizer(TEXTS)) == wanted
+
+
+def test_an_error_in_a_later_chunk_reaches_the_caller(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokens_module, "_CHUNK_TEXTS", 2)
+    with pytest.raises(TypeError):
+        tokenizer(["a", "b", "c", "d", None, "f", "g"])
 
 
 def test_threads_share_a_tokenizer(tokenizer):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from gpu_lance.optional import require
 
 EXTRA = "cpu|cuda13|cuda12"
 
-# Characters tokenised in one call; the encodings of a call live side by side, and each holds its
-# whole text's tokens before they are cut off.
-_CHUNK = 4_000_000
+# Characters and texts tokenised in one call; the encodings of two calls live side by side, and each
+# holds its whole text's tokens before they are cut off.
+_CHUNK = 2_000_000
+_CHUNK_TEXTS = 2_048
 # transformers' way to say that there is no limit is a number beyond this one.
 _NO_LIMIT = 1 << 31
 _PROBES = ["A probe, with 3 words!", "Zweite Probe: naïve café 你好", "x" * 300, ""]
@@ -132,10 +134,12 @@ class TextTokenizer:
         lengths = np.empty(len(texts), dtype=np.int64)
         parts: list[np.ndarray] = []
         done = 0
-        for chunk in _chunks(texts):
-            if prompt:
-                chunk = [prompt + text for text in chunk]
-            lists = [encoding.ids for encoding in self._fast.encode_batch_fast(chunk)]
+
+        def encode(chunk: list[str]) -> Any:
+            return self._fast.encode_batch_fast([prompt + text for text in chunk])
+
+        for made in _one_ahead(encode, _chunks(texts)):
+            lists = [encoding.ids for encoding in made]
             sizes = [len(ids) for ids in lists]
             lengths[done : done + len(lists)] = sizes
             done += len(lists)
@@ -239,11 +243,30 @@ def _is_plain(tokenizer: Any) -> bool:
     return getattr(tokenizer, "is_fast", False) and not set(tokenizer.model_input_names) - known
 
 
+def _one_ahead(call: Callable[[Any], Any], items: Iterator[Any]) -> Iterator[Any]:
+    """What `call` makes of each item; of the next one in a thread, while the caller has the last.
+
+    The tokenizer runs without Python's lock; making arrays of what it gave does not.
+    """
+    first, second = next(items, None), next(items, None)
+    if second is None:
+        if first is not None:
+            yield call(first)
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="gpu-lance-tokens") as pool:
+        waiting = pool.submit(call, first)
+        for item in itertools.chain([second], items):
+            made = waiting.result()
+            waiting = pool.submit(call, item)
+            yield made
+        yield waiting.result()
+
+
 def _chunks(texts: list[str]) -> Iterator[list[str]]:
     start = size = 0
     for index, text in enumerate(texts):
         size += len(text)
-        if size >= _CHUNK:
+        if size >= _CHUNK or index + 1 - start >= _CHUNK_TEXTS:
             yield texts[start : index + 1]
             start, size = index + 1, 0
     if start < len(texts):
