@@ -118,7 +118,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "flat": ([1.0, 2.0], "returned 1.0 for item 0; a vector is a list of 3 numbers"),
     "a flat array": (np.ones(2), "returned .*1.0.* for item 0; a vector is a list of 3 numbers"),
     "a flat tensor": (torch.ones(2), r"returned tensor\(1.\) for item 0; a vector is a list"),
-    "deep": (np.ones((2, 3, 1)), "a vector for item 0 that holds array"),
+    "deep": (np.ones((2, 3, 1)), "lists within the vector of item 0;"),
     "strings": ([["1", "2", "3"]] * 2, "a vector for item 0 that holds '1'"),
     "array of strings": (np.full((2, 3), "1"), "a vector for item 0 that holds .*'1'"),
     "text": (["abc", "def"], "returned 'abc' for item 0; a vector is a list of 3 numbers"),

@@ -150,6 +150,18 @@ def test_a_column_of_one_vector_a_row_is_refused(db: Any) -> None:
         db.create_table("t", schema=Doc)
 
 
+def test_several_vectors_for_a_column_of_one_are_told(db: Any) -> None:
+    function = get_registry().get("words-in-lists").create()
+
+    class Doc(LanceModel):
+        text: str = function.SourceField()
+        vector: Vector(2) = function.VectorField()  # type: ignore[valid-type]
+
+    table = db.create_table("t", schema=Doc)
+    with pytest.raises(EmbeddingError, match=r"several vectors go into .* MultiVector\(2\)"):
+        table.add([{"text": "a b c"}])
+
+
 def test_the_distance_is_the_sum_of_the_least(db: Any) -> None:
     function = get_registry().get("words-on-device").create()
     table = db.create_table("t", schema=schema_of(function))

@@ -16,7 +16,7 @@ from gpu_lance.embeddings.late_interaction import LateInteraction, load_late_int
 from gpu_lance.embeddings.late_recipe import Recipe, check_steps, read_recipe
 from gpu_lance.embeddings.late_tokens import LateTokenizer
 from gpu_lance.embeddings.locate import Located, locate
-from gpu_lance.embeddings.text_function import TextModelFunction
+from gpu_lance.embeddings.text_function import ORGANIZATION, TextModelFunction
 from gpu_lance.embeddings.tokens import TextTokenizer
 from gpu_lance.errors import EmbeddingError
 from gpu_lance.types import Side
@@ -173,7 +173,7 @@ class ColbertEmbeddings(TextModelFunction):
         return cast(LateTokenizer, self._tokenizer())
 
     def _find(self) -> Located:
-        return locate(self.name, self.revision)
+        return locate(self.name, self.revision, ORGANIZATION, organization_first=False)
 
     def _recipe(self) -> Recipe:
         if self._read is None:

@@ -126,6 +126,12 @@ def read_recipe(model: ModelFolder, name: str) -> Recipe:
         or (model.folder / "artifact.metadata").is_file()
     ):
         return _of_stanford(model, name)
+    elif _shape_of_linear(model.folder):
+        raise EmbeddingError(
+            f"The model {name!r} has a {LINEAR!r}, but does not say that it is a ColBERT: its "
+            "config.json must name the architecture 'HF_ColBERT', or an artifact.metadata lie "
+            "beside it."
+        )
     raise _no_projection(name)
 
 
@@ -188,19 +194,9 @@ def _of_stanford(model: ModelFolder, name: str) -> Recipe:
 
 
 def _linear_width(model: ModelFolder, name: str) -> int:
-    path = _file_of(model.folder)
-    if path is None:
+    if _file_of(model.folder) is None:
         raise EmbeddingError(f"The model {name!r} has no weights; get it again.")
-    if path.suffix == ".safetensors":
-        header = safetensors_header(path)
-        if not header:
-            raise EmbeddingError(f"The model's file {path} is damaged; get the model again.")
-        shape = header.get(LINEAR, {}).get("shape")
-    else:
-        torch = require("torch", extra=EXTRA)
-        held = torch.load(path, map_location="meta", weights_only=True)
-        weight = held.get(LINEAR) if isinstance(held, dict) else None
-        shape = None if weight is None else list(weight.shape)
+    shape = _shape_of_linear(model.folder)
     if not shape:
         raise _no_projection(name)
     hidden = model.hidden_size
@@ -210,6 +206,23 @@ def _linear_width(model: ModelFolder, name: str) -> int:
             f"{hidden}), since its transformer gives {hidden} numbers. Get the model again."
         )
     return int(shape[0])
+
+
+def _shape_of_linear(folder: Path) -> list[int] | None:
+    """The shape of the projection in a checkpoint of Stanford's; None if there is none."""
+    path = _file_of(folder)
+    if path is None:
+        return None
+    if path.suffix == ".safetensors":
+        header = safetensors_header(path)
+        if not header:
+            raise EmbeddingError(f"The model's file {path} is damaged; get the model again.")
+        found: list[int] | None = header.get(LINEAR, {}).get("shape")
+        return found
+    torch = require("torch", extra=EXTRA)
+    held = torch.load(path, map_location="meta", weights_only=True)
+    weight = held.get(LINEAR) if isinstance(held, dict) else None
+    return None if weight is None else list(weight.shape)
 
 
 def _file_of(folder: Path) -> Path | None:

