@@ -44,7 +44,7 @@ check: $(DEV)
 	@$(BIN)/mypy
 
 bench: $(TEST)
-	@failed=0; for what in text providers search; do \
+	@failed=0; for what in text providers search multivectors; do \
 	$(BIN)/python benchmarks/bench_$$what.py || failed=1; done; exit $$failed
 
 soak: $(TEST)
