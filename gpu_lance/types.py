@@ -16,6 +16,19 @@ if TYPE_CHECKING:
     import torch
 
 
+def type_of(value: object) -> str:
+    """The name of a value's type, with its article.
+
+    Examples
+    --------
+    >>> type_of(1), type_of("a")
+    ('an int', 'a str')
+    """
+    name = type(value).__name__
+    spoken = name == "ndarray" or name[:1].lower() in "aeiou"
+    return f"{'an' if spoken else 'a'} {name}"
+
+
 class Metric(StrEnum):
     """How the distance of two vectors is measured; a smaller distance is nearer.
 

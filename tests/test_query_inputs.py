@@ -117,7 +117,7 @@ def test_the_callers_vector_may_change_afterwards() -> None:
         ([[1.0, 2.0], "a"], "Query 1 is a str, and query 0 is a vector"),
         (["a", [1.0, 2.0]], "Query 1 is a list, and query 0 is a str"),
         (["a", np.ones(2)], "Query 1 is a ndarray"),
-        (["a", 5], "Query 1 is a int"),
+        (["a", 5], "Query 1 is an int"),
         (["a", None], "Query 1 is None"),
         ([None], "Query 0 is None"),
         ([1.0, "2"], "no number: str"),
@@ -143,6 +143,21 @@ def test_what_is_no_query(query: Any, message: str) -> None:
 @pytest.mark.parametrize("query", [5, 1.5, True, 1j, {"a": 1}, {1, 2}, np.float32(1), np.array(1)])
 def test_what_has_the_wrong_type(query: Any) -> None:
     with pytest.raises(QueryTypeError, match="pass a vector"):
+        parse_queries(query)
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        (5, "The query is an int; pass"),
+        ({"a": 1}, "The query is a dict; pass"),
+        ([VALUES, 5], "Query 1 is an int, and query 0 is a vector;"),
+        (["a", 5], "Query 1 is an int, and query 0 is a str;"),
+        (["a", np.ones(3)], "Query 1 is an ndarray, and"),
+    ],
+)
+def test_types_are_named_with_their_article(query: Any, message: str) -> None:
+    with pytest.raises(QueryError, match=message):
         parse_queries(query)
 
 

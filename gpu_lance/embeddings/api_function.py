@@ -191,6 +191,11 @@ class ApiEmbeddingFunction(  # type: ignore[misc]  # the names of arguments diff
                 f"out, or use a model whose vectors can be shorter: "
                 f"{', '.join(sorted(self.flexible))}."
             )
+        if self.dim is not None and self.dim > known:
+            raise BadInputError(
+                f"{self.name} gives vectors of at most {known} numbers, and dim is {self.dim}; "
+                "pass less, or leave dim out."
+            )
         return self.dim or known
 
     @derived

@@ -14,7 +14,7 @@ import pyarrow as pa
 from gpu_lance.device import as_tensor
 from gpu_lance.errors import BadInputError, QueryError, QueryTypeError
 from gpu_lance.optional import require
-from gpu_lance.types import lone_surrogate
+from gpu_lance.types import lone_surrogate, type_of
 
 if TYPE_CHECKING:
     import torch
@@ -158,7 +158,7 @@ def parse_queries(query: Any) -> Queries:
         return _from_array(query)
     if isinstance(query, (numbers.Number, dict, set)):
         raise QueryTypeError(
-            f"A {type(query).__name__} is no query; pass a vector, a text, or a list of either."
+            f"The query is {type_of(query)}; pass a vector, a text, or a list of either."
         )
     return _items([query], batch=False)
 
@@ -267,8 +267,8 @@ def _row(value: Any, position: int) -> Any:
         value = value.to_numpy(zero_copy_only=False)
     if not _is_vector(value):
         raise QueryError(
-            f"Query {position} is a {type(value).__name__}, and query 0 is a vector; a batch holds "
-            "one kind."
+            f"Query {position} is {type_of(value)}, and query 0 is a vector; a batch holds one "
+            "kind."
         )
     return value
 
@@ -320,8 +320,8 @@ def _items(items: Sequence[Any], batch: bool) -> Queries:
             raise QueryError(f"Query {position} is None, which is no query; leave it out.")
         if isinstance(item, (numbers.Number, list, tuple, dict, set)) or _is_vector(item):
             raise QueryError(
-                f"Query {position} is a {type(item).__name__}, and query 0 is a "
-                f"{type(items[0]).__name__}; a batch holds one kind."
+                f"Query {position} is {type_of(item)}, and query 0 is {type_of(items[0])}; a batch "
+                "holds one kind."
             )
         place = lone_surrogate(item) if isinstance(item, str) else None
         if place is not None:

@@ -17,7 +17,7 @@ import gpu_lance
 import gpu_lance.pydantic
 from gpu_lance.embeddings import get_registry
 from gpu_lance.embeddings.api_connection import _named
-from gpu_lance.errors import FingerprintError
+from gpu_lance.errors import BadInputError, FingerprintError
 
 THEIRS = lancedb.embeddings.get_registry()
 SESSION: dict[str, Any] = {
@@ -98,6 +98,21 @@ def test_arguments_that_we_added_do_no_harm_there(server):
     assert function.ndims() == 3072
     function = THEIRS.get("cohere").create(name="embed-english-v3.0", dim=9, base_url="x")
     assert function.ndims() == 1024
+
+
+@pytest.mark.parametrize(
+    ("provider", "name", "most"),
+    [
+        ("openai", "text-embedding-3-small", 1536),
+        ("openai", "text-embedding-3-large", 3072),
+        ("cohere", "embed-v4.0", 1536),
+    ],
+)
+def test_no_model_gives_longer_vectors_than_its_own(provider, name, most):
+    create = get_registry().get(provider).create
+    assert create(name=name, dim=most).ndims() == most
+    with pytest.raises(BadInputError, match=f"{name} gives .* at most {most} .* dim is 9999"):
+        create(name=name, dim=9999).ndims()
 
 
 def test_both_know_the_same_lengths():
