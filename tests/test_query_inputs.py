@@ -116,7 +116,7 @@ def test_the_callers_vector_may_change_afterwards() -> None:
         ([np.ones(2), np.ones(3)], "Query 1 has 3 values and query 0 has 2"),
         ([[1.0, 2.0], "a"], "Query 1 is a str, and query 0 is a vector"),
         (["a", [1.0, 2.0]], "Query 1 is a list, and query 0 is a str"),
-        (["a", np.ones(2)], "Query 1 is a ndarray"),
+        (["a", np.ones(2)], "Query 1 is an ndarray"),
         (["a", 5], "Query 1 is an int"),
         (["a", None], "Query 1 is None"),
         ([None], "Query 0 is None"),
