@@ -23,6 +23,10 @@ class UnknownProviderError(GpuLanceError, KeyError):
     """No embedding function is registered under that name."""
 
 
+class BrokenProviderError(GpuLanceError, ImportError):
+    """An installed package announces an embedding function that cannot be imported."""
+
+
 class ProviderTakenError(GpuLanceError, KeyError):
     """The alias belongs to a built-in provider."""
 

@@ -41,6 +41,8 @@ def blocks(page: str) -> list[Block]:
 @pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    # a package that is installed here may announce a name that the page gives a class of its own
+    monkeypatch.setattr(get_registry(), "_entry_points", {})
     space: dict[str, Any] = {"__name__": f"docs_{Path(page).stem}"}
     found = blocks(page)
     assert any(block.language == "python" for block in found)
@@ -62,7 +64,10 @@ def test_an_own_provider_is_short() -> None:
     assert all(len(text.strip().splitlines()) < 25 for text in found)
 
 
-def test_the_entry_point_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("installed", [(), ("other_package",)], ids=["alone", "beside another"])
+def test_the_entry_point_of_the_page(
+    installed: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A package that is installed with those lines is found by name, and imported only then."""
     (block,) = (block for block in blocks("providers.md") if block.language == "toml")
     ((group, points),) = tomllib.loads(block.text)["project"]["entry-points"].items()
@@ -76,13 +81,18 @@ def test_the_entry_point_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "    def ndims(self):\n        return 1\n"
         "    def generate_embeddings(self, texts):\n        return [[len(t)] for t in texts]\n"
     )
-    metadata = tmp_path / "my_package-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text(f"[{group}]\n{name} = {target}\n")
-    monkeypatch.syspath_prepend(tmp_path)
+    for package in (*installed, "my_package"):
+        folder = tmp_path if package == "my_package" else tmp_path / package
+        metadata = folder / f"{package}-1.0.dist-info"
+        metadata.mkdir(parents=True)
+        text = f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n"
+        (metadata / "METADATA").write_text(text)
+        announced = target if package == "my_package" else f"{package}:Other"
+        (metadata / "entry_points.txt").write_text(f"[{group}]\n{name} = {announced}\n")
+        monkeypatch.syspath_prepend(folder)
     registry = get_registry()
     monkeypatch.setattr(registry, "_entry_points", None)
+    monkeypatch.setattr(registry, "_functions", {})
     assert name in registry.names()
     assert module not in sys.modules
     try:

@@ -26,6 +26,7 @@ from gpu_lance.embeddings import (
 from gpu_lance.embeddings import registry as registry_module
 from gpu_lance.errors import (
     BadInputError,
+    BrokenProviderError,
     HardcodedSecretError,
     ProviderTakenError,
     SchemaError,
@@ -242,8 +243,60 @@ def test_a_function_of_an_entry_point_is_named_before_it_is_looked_up(registry, 
 def test_an_entry_point_that_is_no_function(registry, plugins):
     with pytest.raises(TypeError, match="'wrong'"):
         registry.get("wrong")
-    with pytest.raises(ModuleNotFoundError, match="plugin_absent"):
+
+
+def install(folder, package, **points):
+    """An installed package that announces these functions."""
+    metadata = folder / f"{package.replace('-', '_')}-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    lines = [f"{name} = {target}\n" for name, target in points.items()]
+    text = f"[{registry_module.ENTRY_POINT_GROUP}]\n{''.join(lines)}"
+    (metadata / "entry_points.txt").write_text(text)
+
+
+def test_a_broken_package_is_named(registry, tmp_path, monkeypatch):
+    points = {"absent": "plugin_gone:Absent", "half": "plugin_half:Absent", "bad": "plugin_bad:Bad"}
+    install(tmp_path, "some-plugins", **points)
+    (tmp_path / "plugin_half.py").write_text("")
+    (tmp_path / "plugin_bad.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    causes = [ModuleNotFoundError, AttributeError, ZeroDivisionError]
+    try:
+        for (name, target), cause in zip(points.items(), causes, strict=True):
+            wanted = (
+                f"'{name}', which is {target} of the package some-plugins, .* {cause.__name__}: "
+            )
+            with pytest.raises(BrokenProviderError, match=wanted) as caught:
+                registry.get(name)
+            assert isinstance(caught.value, ImportError)
+            assert type(caught.value.__cause__) is cause
+            broken = registry.parse_functions(stored(entry(name)))["vector"].function
+            with pytest.raises(BrokenProviderError, match="some-plugins"):
+                broken.ndims()
+    finally:
+        sys.modules.pop("plugin_half", None)
+
+
+def test_a_broken_entry_point_of_an_unknown_package(registry, plugins):
+    with pytest.raises(BrokenProviderError, match="plugin_absent:Absent of an unknown package"):
         registry.get("absent")
+
+
+def test_of_two_packages_with_one_name_the_first_on_the_path_counts(
+    registry, tmp_path, monkeypatch, caplog
+):
+    for package, module in [("second-package", "two"), ("first-package", "one")]:
+        install(tmp_path / package, package, shared=f"plugin_{module}:F", same="plugin_s:F")
+        monkeypatch.syspath_prepend(tmp_path / package)
+        monkeypatch.setitem(sys.modules, f"plugin_{module}", types.ModuleType(module))
+        sys.modules[f"plugin_{module}"].F = make("F", f"plugin_{module}")
+    assert registry.get("shared") is sys.modules["plugin_one"].F
+    registry.names()
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "'shared': plugin_one:F of the package first-package counts" in record.message
+    assert "plugin_two:F of the package second-package is ignored" in record.message
 
 
 def test_an_entry_point_cannot_take_a_built_in_name(registry, plugins, caplog):

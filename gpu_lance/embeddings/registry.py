@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 from gpu_lance.embeddings import metadata as metadata_json
 from gpu_lance.embeddings.base import EmbeddingFunction, EmbeddingFunctionConfig
 from gpu_lance.embeddings.variables import VARIABLES
-from gpu_lance.errors import ProviderTakenError, UnknownProviderError
+from gpu_lance.errors import BrokenProviderError, ProviderTakenError, UnknownProviderError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -61,8 +61,9 @@ class EmbeddingFunctionRegistry:
     """Find embedding functions by name, and read and write the metadata that names them.
 
     A name is looked up among the classes registered in this process, then the built-in
-    providers, then the entry points of installed packages (group ``gpu_lance.embeddings``). Only
-    the provider asked for is imported. Safe to share by threads.
+    providers, then the entry points of installed packages (group ``gpu_lance.embeddings``); of two
+    packages that announce one name the first on ``sys.path`` counts. Only the provider asked for
+    is imported. Safe to share by threads.
 
     Examples
     --------
@@ -112,7 +113,15 @@ class EmbeddingFunctionRegistry:
         return lambda cls: self._add(alias, cls)
 
     def get(self, name: str) -> type[EmbeddingFunction]:
-        """Return the class of that name; UnknownProviderError (a KeyError) if there is none."""
+        """Return the class of that name.
+
+        Raises
+        ------
+        UnknownProviderError
+            If there is none (a KeyError).
+        BrokenProviderError
+            If an installed package announces it and it cannot be imported (an ImportError).
+        """
         if not isinstance(name, str):
             raise self._unknown(name)
         with self._lock:
@@ -124,7 +133,7 @@ class EmbeddingFunctionRegistry:
             module, _, attribute = BUILT_IN[name].partition(":")
             loaded = getattr(importlib.import_module(module), attribute)
         elif name in (entry_points := self._installed()):
-            loaded = entry_points[name].load()
+            loaded = _load(entry_points[name])
         else:
             raise self._unknown(name)
         _check(loaded, f"The entry point {name!r}")
@@ -238,11 +247,25 @@ class EmbeddingFunctionRegistry:
             if self._entry_points is None:
                 from importlib.metadata import entry_points
 
-                found = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
-                for name in BUILT_IN.keys() & found.keys():
-                    if (value := found.pop(name).value) != BUILT_IN[name]:
+                found: dict[str, EntryPoint] = {}
+                for entry in entry_points(group=ENTRY_POINT_GROUP):
+                    name = entry.name
+                    if name in BUILT_IN:
+                        if entry.value != BUILT_IN[name]:
+                            logger.warning(
+                                "The entry point %s = %s is ignored: the name is built in.",
+                                name,
+                                entry.value,
+                            )
+                        continue
+                    first = found.setdefault(name, entry)
+                    if first.value != entry.value:
                         logger.warning(
-                            "The entry point %s = %s is ignored: the name is built in.", name, value
+                            "Two packages announce the embedding function %r: %s counts, and %s "
+                            "is ignored. Uninstall one of them.",
+                            name,
+                            _announced(first),
+                            _announced(entry),
                         )
                 self._entry_points = found
             return self._entry_points
@@ -279,6 +302,21 @@ def register(alias: str | None = None) -> Callable[[F], F]: ...
 def register(alias: Any = None) -> Any:
     """Decorate a class to be found by `alias`; see :meth:`EmbeddingFunctionRegistry.register`."""
     return _REGISTRY.register(alias)
+
+
+def _load(entry: EntryPoint) -> Any:
+    try:
+        return entry.load()
+    except Exception as error:
+        raise BrokenProviderError(
+            f"The embedding function {entry.name!r}, which is {_announced(entry)}, cannot be "
+            f"imported: {type(error).__name__}: {error}. Update or uninstall that package."
+        ) from error
+
+
+def _announced(entry: EntryPoint) -> str:
+    package = entry.dist.name if entry.dist is not None else None
+    return f"{entry.value} of {f'the package {package}' if package else 'an unknown package'}"
 
 
 def _target(cls: type) -> str:
