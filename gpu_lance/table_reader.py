@@ -16,6 +16,7 @@ from gpu_lance.embeddings import (
     get_registry,
     query_cache,
 )
+from gpu_lance.embeddings.notes import noted
 from gpu_lance.errors import BadInputError, QueryError, UnknownColumnError
 from gpu_lance.index import metadata as index_metadata
 from gpu_lance.index.resident import ResidentIndexes
@@ -280,9 +281,9 @@ class TableReader:
         ndims, multi = vector_length(kind), is_multivector_type(kind)
         assert ndims is not None
         function = calls.suited(config.function, ndims, multi)
-        made = query_cache.embed(
-            function, items, ndims=ndims, device=self._indexes.device, multi=multi
-        )
+        device = self._indexes.device
+        with noted("a query", column, function):
+            made = query_cache.embed(function, items, ndims=ndims, device=device, multi=multi)
         if not made.valid.all():
             i = int((~made.valid).nonzero()[0][0])
             raise BadInputError(

@@ -275,6 +275,66 @@ def test_what_it_does_wrong_is_said_and_nothing_is_written(
     assert table.search("a").limit(5).to_list()[0]["id"] == -1
 
 
+class Refuses(TextEmbeddingFunction):
+    def ndims(self) -> int:
+        return 3
+
+    def generate_embeddings(self, texts: list[str], *args: Any, **kwargs: Any) -> Any:
+        raise LookupError("no such word")
+
+
+class PreparesNothing(OnDevice):
+    def prepare_items(self, items: list[Any], side: Any) -> Payload:
+        raise LookupError("no such word")
+
+
+class ForwardsNothing(OnDevice):
+    def forward(self, *args: Any) -> torch.Tensor:
+        raise LookupError("no such word")
+
+
+def notes(call: Callable[..., Any], *args: Any) -> list[str]:
+    with pytest.raises(LookupError) as caught:
+        call(*args)
+    assert caught.value.args == ("no such word",)
+    return caught.value.__notes__
+
+
+@pytest.mark.parametrize("cls", [Refuses, PreparesNothing, ForwardsNothing])
+def test_its_error_says_what_was_embedded(cls: Any, tmp_path: Path) -> None:
+    get_registry().register("own-refuses")(cls)
+    table = make(tmp_path, cls)
+    table.add([{"id": 1, "text": "a", "vector": [1.0, 0.0, 0.0]}])
+    wanted = [f"While embedding column 'text' for 'vector' with {cls.__name__}."]
+    assert notes(table.add, [{"id": 2, "text": "a"}]) == wanted
+    n = 2 * MAX_ROWS  # in a thread
+    assert notes(table.add, {"id": range(n), "text": ["a"] * n}) == wanted
+    assert notes(lambda: table.update(values={"text": "b"})) == wanted
+    merge = table.merge_insert("id").when_not_matched_insert_all()
+    assert notes(merge.execute, [{"id": 3, "text": "a"}]) == wanted
+    wanted = [f"While embedding a query for 'vector' with {cls.__name__}."]
+    assert notes(table.search("a").to_list) == wanted
+
+
+def test_the_note_names_a_template_and_a_function_that_is_not_here(tmp_path: Path) -> None:
+    get_registry().register("own-refuses")(Refuses)
+    config = EmbeddingFunctionConfig(
+        vector_column="vector", function=Refuses.create(), template="{a} {b}"
+    )
+    schema = pa.schema({"a": pa.string(), "b": pa.string()})
+    db = gpu_lance.connect(tmp_path, device="cpu")
+    table = db.create_table("t", schema=schema, embedding_functions=[config])
+    wanted = ["While embedding the template '{a} {b}' for 'vector' with Refuses."]
+    assert notes(table.add, [{"a": "x", "b": "y"}]) == wanted
+    get_registry()._functions.pop("own-refuses")
+    table = db.open_table("t")
+    for _ in range(2):  # the same error each time
+        with pytest.raises(gpu_lance.errors.UnknownProviderError) as caught:
+            table.search("a").to_list()
+        wanted = ["While embedding a query for 'vector' with own-refuses."]
+        assert caught.value.__notes__ == wanted
+
+
 @pytest.mark.parametrize("spoilt", [None, [float("nan")] * 3], ids=["None", "NaN"])
 @pytest.mark.parametrize(
     ("policy", "wanted"), [("null", None), ("drop", "gone"), ("fill", [0.5] * 3)]

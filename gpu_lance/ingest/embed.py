@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from gpu_lance.device import HostCopy, start_host_copy
 from gpu_lance.embeddings import calls
+from gpu_lance.embeddings.notes import noted
 from gpu_lance.errors import BadInputError, SchemaError
 from gpu_lance.ingest.align import align
 from gpu_lance.ingest.lists import valid_rows
@@ -125,7 +126,9 @@ def prepare(
         if column.check is not None:
             column.check()
         items = (source if rows.all() else source.filter(pa.array(rows))).to_pylist()
-        prepared.wanted.append((column, rows, calls.prepare(column.maker, items, Side.SOURCE)))
+        with noted(_what(column), column.name, column.maker):
+            ready = calls.prepare(column.maker, items, Side.SOURCE)
+        prepared.wanted.append((column, rows, ready))
     return prepared
 
 
@@ -137,9 +140,10 @@ def embed(prepared: Prepared, device: torch.device) -> Embedded:
     torch = require("torch", extra="cpu|cuda13|cuda12")
     result = Embedded(prepared)
     for column, rows, ready in prepared.wanted:
-        made = calls.finish(
-            column.maker, ready, ndims=column.ndims, device=device, multi=column.multi
-        )
+        with noted(_what(column), column.name, column.maker):
+            made = calls.finish(
+                column.maker, ready, ndims=column.ndims, device=device, multi=column.multi
+            )
         kind = {"halffloat": torch.float16, "double": torch.float64}.get(
             str(column.vector_type.value_type), torch.float32
         )
@@ -251,11 +255,15 @@ def _refuse(bad: dict[int, str], column: VectorColumn, first_row: int, policy: P
         return
     row, reason = min(bad.items())
     more = f" ({len(bad)} such rows)" if len(bad) > 1 else ""
-    what = f"column {column.source!r}" if column.template is None else column.made_from
     raise BadInputError(
-        f"Row {first_row + row}, {what} cannot be embedded: {reason}{more}. Pass "
+        f"Row {first_row + row}, {_what(column)} cannot be embedded: {reason}{more}. Pass "
         "on_bad_vectors='null' to store such rows without a vector, or 'drop' to leave them out."
     )
+
+
+def _what(column: VectorColumn) -> str:
+    """What is embedded for a column, in words."""
+    return f"column {column.source!r}" if column.template is None else column.made_from
 
 
 def _with_column(
