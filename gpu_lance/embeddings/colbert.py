@@ -15,8 +15,7 @@ from gpu_lance.embeddings.device_base import Payload
 from gpu_lance.embeddings.late_interaction import LateInteraction, load_late_interaction
 from gpu_lance.embeddings.late_recipe import Recipe, check_steps, read_recipe
 from gpu_lance.embeddings.late_tokens import LateTokenizer
-from gpu_lance.embeddings.locate import Located, locate
-from gpu_lance.embeddings.text_function import ORGANIZATION, TextModelFunction
+from gpu_lance.embeddings.text_function import TextModelFunction
 from gpu_lance.embeddings.tokens import TextTokenizer
 from gpu_lance.errors import EmbeddingError
 from gpu_lance.types import Side
@@ -92,8 +91,7 @@ class ColbertEmbeddings(TextModelFunction):
 
     def fingerprint(self) -> dict[str, str]:
         """Return what decides the values of the vectors, from the files of the model."""
-        located, recipe = self._shown(), self._recipe()
-        weights, tokenizer = fingerprints.hashes(self._model_folder())
+        recipe = self._recipe()
         expansion = recipe.expansion
         filled = "" if expansion is None else f"{self.query_length or expansion.length}"
         if expansion is not None:
@@ -102,23 +100,21 @@ class ColbertEmbeddings(TextModelFunction):
             filled += f" {expansion.token}" if expansion.token else ""
         marks = {side.value: recipe.markers.get(side, "") for side in Side}
         prompts = {side.value: recipe.prompts.get(side, "") for side in Side}
-        return {
-            "provider": "colbert",
-            "model": located.model,
-            "revision": located.revision,
-            "weights": weights,
-            "dims": str(recipe.ndims),
-            "normalize": str(self.normalize).lower(),
-            "markers": json.dumps(marks, sort_keys=True),
-            "prompts": json.dumps(prompts, sort_keys=True, ensure_ascii=False),
-            "query_length": str(self.query_length or recipe.query_length or ""),
-            "document_length": str(self.document_length or recipe.document_length or ""),
-            "expansion": filled,
-            "skiplist": " ".join((*sorted(side.value for side in recipe.skip_sides), *recipe.skip)),
-            "keep": " ".join(str(token) for token in recipe.keep),
-            "modules": " ".join(step.kind for step in recipe.steps),
-            "tokenizer": tokenizer,
-        }
+        return fingerprints.of_text_model(
+            "colbert",
+            self._shown(),
+            self._model_folder(),
+            dims=recipe.ndims,
+            normalize=self.normalize,
+            markers=json.dumps(marks, sort_keys=True),
+            prompts=fingerprints.prompts_of(prompts),
+            query_length=str(self.query_length or recipe.query_length or ""),
+            document_length=str(self.document_length or recipe.document_length or ""),
+            expansion=filled,
+            skiplist=" ".join((*sorted(side.value for side in recipe.skip_sides), *recipe.skip)),
+            keep=" ".join(str(token) for token in recipe.keep),
+            modules=fingerprints.modules_of(recipe.steps),
+        )
 
     # -- the two parts
 
@@ -171,9 +167,6 @@ class ColbertEmbeddings(TextModelFunction):
 
     def _late_tokenizer(self) -> LateTokenizer:
         return cast(LateTokenizer, self._tokenizer())
-
-    def _find(self) -> Located:
-        return locate(self.name, self.revision, ORGANIZATION, organization_first=False)
 
     def _recipe(self) -> Recipe:
         if self._read is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -148,9 +148,9 @@ def of_text_model(
     }
 
 
-def modules_of(model: ModelFolder) -> str:
+def modules_of(modules: Iterable[ModuleFiles]) -> str:
     """Return the modules of a sentence-transformers model, as a part of a fingerprint."""
-    return " ".join(_module(module) for module in model.modules)
+    return " ".join(_module(module) for module in modules)
 
 
 def prompts_of(prompts: Mapping[str, str], hide: bool = False) -> str:

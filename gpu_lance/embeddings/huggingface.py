@@ -8,19 +8,10 @@ from pydantic import Field
 
 from gpu_lance.embeddings import fingerprint as fingerprints
 from gpu_lance.embeddings.backbone import load_errors
-from gpu_lance.embeddings.locate import Located, locate
 from gpu_lance.embeddings.model_folder import ModelFolder
-from gpu_lance.embeddings.plain_models import (
-    OwnForward,
-    PackedTransformer,
-    load_plain_model,
-)
-from gpu_lance.embeddings.text_function import ORGANIZATION, TextModelFunction
-from gpu_lance.embeddings.tokens import (
-    LibraryTokenizer,
-    TextTokenizer,
-    load_plain_tokenizer,
-)
+from gpu_lance.embeddings.plain_models import OwnForward, PackedTransformer, load_plain_model
+from gpu_lance.embeddings.text_function import TextModelFunction
+from gpu_lance.embeddings.tokens import LibraryTokenizer, TextTokenizer, load_plain_tokenizer
 from gpu_lance.errors import BadInputError, EmbeddingError
 from gpu_lance.optional import require
 from gpu_lance.types import Side
@@ -144,9 +135,6 @@ class TransformersEmbeddingFunction(TextModelFunction):
     def tokenizer_arguments(self) -> dict[str, Any]:
         """Return the arguments that change the tokenizer alone."""
         return {"max_length": self.max_length}
-
-    def _find(self) -> Located:
-        return locate(self.name, self.revision, ORGANIZATION, organization_first=False)
 
     def _model_folder(self) -> ModelFolder:
         model = super()._model_folder()

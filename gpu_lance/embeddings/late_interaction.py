@@ -14,7 +14,7 @@ from gpu_lance.embeddings.late_recipe import TOKEN_LEVEL, Recipe, linear_weight
 from gpu_lance.embeddings.late_tokens import LateTokens
 from gpu_lance.embeddings.model_folder import ModelFolder, ModuleFiles
 from gpu_lance.embeddings.plain_models import OwnForward, is_own
-from gpu_lance.embeddings.text_models import check_activations
+from gpu_lance.embeddings.text_models import check_activations, load_layer
 from gpu_lance.optional import require
 
 if TYPE_CHECKING:
@@ -149,19 +149,8 @@ def _step(
     dtype: torch.dtype,
     trust_remote_code: bool,
 ) -> Callable[[Any], Any]:
-    functional = require("torch", extra=EXTRA).nn.functional
-    if step.kind == "Normalize":
-        return lambda vectors: functional.normalize(vectors.float(), dim=-1)
-    if step.kind == "Linear":
-        weight = linear_weight(model.folder).to(device=device, dtype=dtype)
-        return lambda vectors: functional.linear(vectors.to(dtype), weight)
-    library = require("sentence_transformers.base.modules", extra=EXTRA)
-    loaded = library.Dense.load(
-        str(model.folder),
-        subfolder=step.path,
-        local_files_only=True,
-        trust_remote_code=trust_remote_code,
-        init_defaults={"module_input_name": TOKEN_LEVEL},
-    )
-    dense = loaded.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    return lambda vectors: dense({TOKEN_LEVEL: vectors.to(dtype)})[TOKEN_LEVEL]
+    if step.kind != "Linear":
+        return load_layer(model, step, device, dtype, trust_remote_code, TOKEN_LEVEL)
+    linear = require("torch", extra=EXTRA).nn.functional.linear
+    weight = linear_weight(model.folder).to(device=device, dtype=dtype)
+    return lambda vectors: linear(vectors.to(dtype), weight)

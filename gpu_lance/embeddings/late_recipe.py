@@ -10,6 +10,8 @@ from typing import Any
 from gpu_lance.embeddings.locate import read_json
 from gpu_lance.embeddings.model_folder import (
     IN_AND_OUT,
+    PLAIN_TEXT,
+    PROMPT_NAMES,
     ModelFolder,
     ModuleFiles,
     safetensors_header,
@@ -28,7 +30,6 @@ _QUERY_LENGTH, _DOCUMENT_LENGTH = 32, 220
 _LONGEST_QUERY = 65_536
 _MARKERS = {Side.QUERY: ("query_token_id", "[unused0]"), Side.SOURCE: ("doc_token_id", "[unused1]")}
 _PREFIXES = {Side.QUERY: "query_prefix", Side.SOURCE: "document_prefix"}
-_PROMPTS = {Side.QUERY: ("query",), Side.SOURCE: ("document", "passage", "corpus")}
 _TASKS = {"query": Side.QUERY, "document": Side.SOURCE}
 # PyLate's keys at the top of config_sentence_transformers.json.
 _PYLATE_KEYS = (
@@ -36,7 +37,6 @@ _PYLATE_KEYS = (
     "query_expansion", "attend_to_expansion_tokens", "attend_to_mask_tokens", "skiplist_words",
 )  # fmt: skip
 _PUNCTUATION = tuple(string.punctuation)
-_PLAIN_TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ def _of_modules(model: ModelFolder, library: dict[str, Any], name: str) -> Recip
     old = _of_pylate(library, path)
     prompts, markers = {}, {}
     known = model.prompts
-    for side, names in _PROMPTS.items():
+    for side, names in PROMPT_NAMES.items():
         text = next((known[key] for key in names if key in known), "")
         prefix = library.get(_PREFIXES[side]) or ""
         if not isinstance(prefix, str):
@@ -346,7 +346,7 @@ def check_steps(model: ModelFolder, recipe: Recipe, name: str, trust_remote_code
     ]
     if own.get("transformer_task", "feature-extraction") != "feature-extraction":
         unknown.append("transformer_task")
-    if own.get("modality_config", _PLAIN_TEXT) != _PLAIN_TEXT:
+    if own.get("modality_config", PLAIN_TEXT) != PLAIN_TEXT:
         unknown.append("modality_config")
     if model.has_added_weights:
         unknown.append("adapters or quantised weights")

@@ -10,6 +10,7 @@ from typing import Any
 
 from gpu_lance.embeddings.locate import read_json
 from gpu_lance.errors import EmbeddingError
+from gpu_lance.types import Side
 
 _TRANSFORMER_FILES = tuple(
     f"sentence_{kind}_config.json"
@@ -49,7 +50,10 @@ IN_AND_OUT = ("module_input_name", "module_output_name")
 # No width or length of a model comes near it.
 _MOST = 1 << 24
 POOLING_MODES = frozenset(_POOLING_FLAGS.values())
-_PLAIN_TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+# How a model of text alone says that it takes texts.
+PLAIN_TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+# The names under which models keep a prompt for each side, in the library's order.
+PROMPT_NAMES = {Side.QUERY: ("query",), Side.SOURCE: ("document", "passage", "corpus")}
 
 
 @dataclass(frozen=True)
@@ -303,7 +307,7 @@ def _is_plain(module: ModuleFiles) -> bool:
             not any(given)
             and not any(config.get(name) for name in own)
             and config.get("transformer_task", "feature-extraction") == "feature-extraction"
-            and config.get("modality_config", _PLAIN_TEXT) == _PLAIN_TEXT
+            and config.get("modality_config", PLAIN_TEXT) == PLAIN_TEXT
             and config.get("module_output_name", "token_embeddings") == "token_embeddings"
             and not config.get("tokenizer_name_or_path")
         )

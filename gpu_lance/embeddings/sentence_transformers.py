@@ -10,6 +10,7 @@ from gpu_lance.device import parse_dtype, resolve_device
 from gpu_lance.embeddings import fingerprint as fingerprints
 from gpu_lance.embeddings.backbone import load_errors
 from gpu_lance.embeddings.loading import MODELS
+from gpu_lance.embeddings.model_folder import PROMPT_NAMES
 from gpu_lance.embeddings.text_function import TextModelFunction
 from gpu_lance.embeddings.text_models import TextModel, load_library, load_text_model
 from gpu_lance.embeddings.tokens import TextTokenizer
@@ -20,9 +21,6 @@ from gpu_lance.types import Side
 if TYPE_CHECKING:
     import numpy as np
     import torch
-
-# The names under which models keep a prompt for each side, in the library's order.
-_PROMPT_NAMES = {Side.QUERY: ("query",), Side.SOURCE: ("document", "passage", "corpus")}
 
 
 class SentenceTransformerEmbeddings(TextModelFunction):
@@ -52,6 +50,7 @@ class SentenceTransformerEmbeddings(TextModelFunction):
     """
 
     cache_queries: ClassVar[bool] = True
+    organization_first: ClassVar[bool] = True
 
     name: str = "all-MiniLM-L6-v2"
     truncate_dim: int | None = Field(default=None, ge=1)
@@ -98,7 +97,7 @@ class SentenceTransformerEmbeddings(TextModelFunction):
         given = self.prompts or {}
         # the library knows both names, empty, for every model
         known = {"query": "", "document": "", **stored, **given}
-        for name in _PROMPT_NAMES[side]:
+        for name in PROMPT_NAMES[side]:
             if name in known:
                 text = known[name]
                 return stored.get(text, text) if name in given else text
@@ -114,7 +113,7 @@ class SentenceTransformerEmbeddings(TextModelFunction):
             model,
             dims=self.ndims(),
             normalize=self.normalize,
-            modules=fingerprints.modules_of(model),
+            modules=fingerprints.modules_of(model.modules),
             pooling=" ".join(model.pooling),
             max_seq_length=str(model.max_seq_length or ""),
             prompts=fingerprints.prompts_of(prompts, has_reference(written.get("prompts"))),

@@ -52,13 +52,15 @@ class TextModelFunction(  # type: ignore[misc]  # the names of arguments differ
 
     Notes
     -----
-    The class attribute `plain` says whether a folder of modules counts as the transformers model in
-    it.
+    Class attributes: `plain` says whether a folder of modules counts as the transformers model in
+    it; `organization_first` whether a name without an owner means sentence-transformers' model, or
+    the one of just that name, if a place has both.
     """
 
     cpu_budget: ClassVar[int | None] = 2_048
     device_budget: ClassVar[int | None] = 65_536
     plain: ClassVar[bool] = False
+    organization_first: ClassVar[bool] = False
 
     name: str
     trust_remote_code: bool = False
@@ -120,7 +122,9 @@ class TextModelFunction(  # type: ignore[misc]  # the names of arguments differ
     def _locate(self) -> Located:
         if self._located is None:
             try:
-                self._located = self._find()
+                self._located = locate(
+                    self.name, self.revision, ORGANIZATION, self.organization_first
+                )
             except ModelNotFoundError as error:
                 told = self._told(str(error))
             else:
@@ -128,9 +132,6 @@ class TextModelFunction(  # type: ignore[misc]  # the names of arguments differ
             # outside the except block, so that the first message does not come along
             raise ModelNotFoundError(told)
         return self._located
-
-    def _find(self) -> Located:
-        return locate(self.name, self.revision, ORGANIZATION)
 
     def _shown(self) -> Located:
         """Where the model was found, as a table may store it: what a variable holds is not."""

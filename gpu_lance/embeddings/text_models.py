@@ -20,7 +20,7 @@ from gpu_lance.embeddings.encoder import (
     check_vocabulary,
     runs_of,
 )
-from gpu_lance.embeddings.model_folder import ModelFolder
+from gpu_lance.embeddings.model_folder import ModelFolder, ModuleFiles
 from gpu_lance.embeddings.plain_models import vocabulary_of
 from gpu_lance.embeddings.pooling import pool
 from gpu_lance.embeddings.tokens import TextTokenizer, Tokens
@@ -53,8 +53,8 @@ class PackedModel(TextModel):
         self._encoder = PackedEncoder(weights)
         self._modes = model.pooling
         self._after = [
-            _after(model, index, device, self._encoder.dtype, trust_remote_code)
-            for index in range(2, len(model.modules))
+            load_layer(model, module, device, self._encoder.dtype, trust_remote_code)
+            for module in model.modules[2:]
         ]
 
     def __call__(self, data: Any, rows: np.ndarray, side: Side, prompt: str) -> torch.Tensor:
@@ -208,15 +208,18 @@ def check_activations(model: ModelFolder) -> None:
             )
 
 
-def _after(
+def load_layer(
     model: ModelFolder,
-    index: int,
+    module: ModuleFiles,
     device: torch.device,
     dtype: torch.dtype,
     trust_remote_code: bool,
+    level: str = "sentence_embedding",
 ) -> Callable[[Any], Any]:
-    """Return the dense or normalising module at that place of the chain, as a function."""
-    module = model.modules[index]
+    """Return a dense or normalising module of the chain as a function of vectors (n, d).
+
+    `level` is what the library calls those vectors: of texts, or of tokens.
+    """
     if module.kind == "Normalize":
         # ours, since importing the library takes longer than loading a small model
         normalize = require("torch", extra=EXTRA).nn.functional.normalize
@@ -227,7 +230,7 @@ def _after(
         subfolder=module.path,
         local_files_only=True,
         trust_remote_code=trust_remote_code,
+        init_defaults={"module_input_name": level},
     )
     dense = loaded.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    name = "sentence_embedding"
-    return lambda vectors: dense({name: vectors.to(dtype)})[name]
+    return lambda vectors: dense({level: vectors.to(dtype)})[level]
