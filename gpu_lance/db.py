@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gpu_lance.catalog import FolderCatalog, StoreCatalog, checked_name
 from gpu_lance.device import check_device_name, resolve_device
-from gpu_lance.embeddings import EmbeddingFunctionConfig
+from gpu_lance.embeddings import EmbeddingFunctionConfig, get_registry
 from gpu_lance.errors import (
     BadInputError,
-    SchemaError,
     TableExistsError,
     TableNotFoundError,
     WrongTypeError,
@@ -23,13 +22,14 @@ from gpu_lance.errors import (
 from gpu_lance.handover import take_in
 from gpu_lance.index.budget import Budget
 from gpu_lance.index.resident import ResidentIndexes
+from gpu_lance.ingest.existing import check_same
 from gpu_lance.ingest.pipeline import Pipeline
 from gpu_lance.ingest.progress import progress_callback
-from gpu_lance.ingest.tables import Planned, plan_table
+from gpu_lance.ingest.tables import Planned, described, plan_table
 from gpu_lance.ingest.vector_column import Policy, vector_columns
 from gpu_lance.storage import Storage, is_remote
 from gpu_lance.table import Table
-from gpu_lance.types import ListTablesResponse, OnBadVectors
+from gpu_lance.types import ListTablesResponse, OnBadVectors, type_of
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MEMORY = "memory://"
+
+# Arguments of LanceDB's connect, for what is not here.
+NOT_HERE = {
+    "client_config", "host_override", "manifest_enabled", "namespace_client_impl",
+    "namespace_client_properties", "namespace_client_pushdown_operations", "region",
+    "request_thread_pool", "session", "sql_host_override",
+}  # fmt: skip
 
 
 def connect(
@@ -47,6 +54,7 @@ def connect(
     storage_options: Mapping[str, str] | None = None,
     device: str | torch.device = "auto",
     memory_budget: int | str | None = None,
+    **others: Any,
 ) -> LanceDBConnection:
     """Connect to a database; nothing is loaded, and the folder need not exist.
 
@@ -71,11 +79,17 @@ def connect(
         it are narrowed, streamed, or searched in Lance, and those used least recently make room;
         ``explain_plan`` says which. None: the limit in the environment variable
         GPU_LANCE_MEMORY_BUDGET, which such connections share, or else what is free.
+    **others
+        LanceDB's other arguments, such as `region`, which are refused: they are for its cloud, its
+        namespaces and its caches.
 
     Raises
     ------
     ValueError
-        For LanceDB Cloud, a `uri` that is a file, or a `memory_budget` that is no size.
+        For LanceDB Cloud, an argument that means nothing here, a `uri` that is a file, or a
+        `memory_budget` that is no size.
+    TypeError
+        For an argument that LanceDB does not know either.
     DeviceError
         For a device of another name.
 
@@ -87,10 +101,23 @@ def connect(
     >>> db.table_names(), "t" in db
     (['t'], True)
     """
+    for name in others:
+        if name not in NOT_HERE:
+            raise TypeError(f"connect() got an unexpected keyword argument {name!r}")
+    if api_key is not None or (isinstance(uri, str) and uri.startswith("db://")):
+        raise BadInputError(
+            "LanceDB Cloud is not supported: connect to a folder or an object store instead."
+        )
+    given = [name for name, value in others.items() if value is not None and value is not False]
+    if given:
+        raise BadInputError(
+            f"connect takes no {' or '.join(given)}: LanceDB's cloud, namespaces and sessions are "
+            "not supported. Leave it out."
+        )
     if uri is None:
         raise BadInputError("connect needs a folder, 'memory://', or an object store's URI.")
     if not isinstance(uri, str | os.PathLike):
-        raise WrongTypeError(f"connect takes a str or a Path, got a {type(uri).__name__}.")
+        raise WrongTypeError(f"connect takes a str or a Path, got {type_of(uri)}.")
     check_device_name(device)
     text = os.fspath(uri)
     if not text:
@@ -101,10 +128,6 @@ def connect(
         raise WrongTypeError(
             "read_consistency_interval is a datetime.timedelta or None, got a "
             f"{type(read_consistency_interval).__name__}."
-        )
-    if text.startswith("db://") or api_key is not None:
-        raise BadInputError(
-            "LanceDB Cloud is not supported: connect to a folder or an object store instead."
         )
     return LanceDBConnection(
         text,
@@ -250,7 +273,9 @@ class LanceDBConnection:
         mode : {"create", "overwrite"}
             ``overwrite`` replaces a table of that name, as a new version.
         exist_ok : bool
-            Open the table if there is one, adding nothing; its columns must be those of `schema`.
+            Open the table if there is one, adding nothing. Its columns and embedding functions must
+            be those of `schema`, or without it of the data; session arguments of the functions that
+            are given, such as `device`, then hold for the table.
         on_bad_vectors, fill_value, progress
             As in :meth:`Table.add`.
         embedding_functions : sequence of EmbeddingFunctionConfig, optional
@@ -262,6 +287,8 @@ class LanceDBConnection:
         ------
         TableExistsError
             If there is such a table (a ValueError).
+        SchemaError
+            If there is such a table, and it has other columns or functions (a ValueError).
         BadInputError, BadVectorError, SchemaError, UnsupportedDataError
             If the data does not fit; no table is made.
 
@@ -284,7 +311,13 @@ class LanceDBConnection:
                     f"Table '{name}' already exists. Open it with open_table, keep it with "
                     "exist_ok=True, or replace it with mode='overwrite'."
                 )
-            return self._existing(name, schema if schema is not None else data, storage_options)
+            # rows are not added, so beside a schema they are not even read
+            rows = data if schema is None else None
+            columns, _, functions = described(rows, schema, embedding_functions)
+            table = self._open(name, storage_options, functions)
+            stored = get_registry().parse_functions(table.schema.metadata)
+            check_same(name, (table.schema, stored), (columns, functions))
+            return table
         planned = plan_table(data, schema, embedding_functions)
         functions = planned.functions
         columns = vector_columns(planned.schema, functions)
@@ -328,18 +361,6 @@ class LanceDBConnection:
             read_consistency_interval=self._interval,
         )
 
-    def _existing(self, name: str, wanted: Any, storage_options: Mapping[str, str] | None) -> Table:
-        table = self.open_table(name, storage_options=storage_options)
-        to_schema = getattr(wanted, "to_arrow_schema", None)
-        columns = to_schema() if to_schema is not None else wanted
-        names = getattr(columns, "names", None)
-        if names is not None and not hasattr(wanted, "num_rows") and names != table.schema.names:
-            raise SchemaError(
-                f"Table '{name}' already exists with the columns {', '.join(table.schema.names)}, "
-                f"and the schema given has {', '.join(names)}."
-            )
-        return table
-
     def open_table(self, name: str, *, storage_options: Mapping[str, str] | None = None) -> Table:
         """Open a table; no model is loaded and no vector is read.
 
@@ -349,6 +370,14 @@ class LanceDBConnection:
             If there is none of that name (a ValueError).
         """
         checked_name(name)
+        return self._open(name, storage_options)
+
+    def _open(
+        self,
+        name: str,
+        storage_options: Mapping[str, str] | None,
+        functions: Mapping[str, EmbeddingFunctionConfig] | None = None,
+    ) -> Table:
         with self._lock:
             if self._in_memory:
                 if name not in self._memory:
@@ -362,7 +391,7 @@ class LanceDBConnection:
             indexes = self._resident.get(name)
             if indexes is None:
                 indexes = self._resident[name] = ResidentIndexes(self._wanted_device, self._budget)
-        return Table(storage, indexes)
+        return Table(storage, indexes, functions)
 
     # --------------------------------------------------------------- dropping
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 import gpu_lance
 from gpu_lance.db import LanceDBConnection, connect
+from gpu_lance.embeddings import EmbeddingFunctionConfig, TextEmbeddingFunction, get_registry
 from gpu_lance.errors import (
     BadInputError,
     BadVectorError,
@@ -22,6 +24,7 @@ from gpu_lance.errors import (
     TableExistsError,
     TableNotFoundError,
 )
+from gpu_lance.pydantic import LanceModel, Vector
 
 ROWS = [{"id": 1, "vector": [1.0, 2.0]}, {"id": 2, "vector": [3.0, 4.0]}]
 
@@ -44,6 +47,38 @@ def test_connect_is_public_and_makes_nothing(tmp_path: Path) -> None:
 def test_places_that_cannot_be_connected_to(kwargs: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         connect(**kwargs)
+
+
+LANCEDB_ONLY: dict[str, Any] = {
+    "client_config": {"timeout_config": None},
+    "host_override": "http://localhost:1",
+    "manifest_enabled": True,
+    "namespace_client_impl": "dir",
+    "namespace_client_properties": {"root": "x"},
+    "namespace_client_pushdown_operations": ["QueryTable"],
+    "region": "us-east-1",
+    "request_thread_pool": 2,
+    "session": object(),
+    "sql_host_override": "http://localhost:1",
+}
+
+
+@pytest.mark.parametrize("name", LANCEDB_ONLY)
+def test_arguments_of_lancedb_that_mean_nothing_here(name: str, tmp_path: Path) -> None:
+    given = {name: LANCEDB_ONLY[name]}
+    for cloud in ({"uri": "db://cloud"}, {"uri": "db://cloud", "api_key": "k"}):
+        with pytest.raises(BadInputError, match="LanceDB Cloud is not supported"):
+            connect(**cloud, **given)
+    for uri in (tmp_path, None):
+        with pytest.raises(BadInputError, match=f"connect takes no {name}: "):
+            connect(uri, **given)
+    assert connect(tmp_path, **{name: None}).table_names() == []
+
+
+def test_an_argument_that_nobody_knows(tmp_path: Path) -> None:
+    for uri in (tmp_path, "db://cloud"):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'regoin'"):
+            connect(uri, regoin="us-east-1")
 
 
 def test_a_file_is_no_database(tmp_path: Path) -> None:
@@ -92,6 +127,154 @@ def test_a_taken_name(db: LanceDBConnection) -> None:
     assert other.schema.names == ["name"] and db["t"].count_rows() == 1
     with pytest.raises(ValueError, match="mode"):
         db.create_table("t", ROWS, mode="append")
+
+
+class Scaled(TextEmbeddingFunction):
+    factor: float = 1.0
+    options: Any = None
+    api_key: str | None = None
+    batch_size: int | None = None
+
+    @staticmethod
+    def sensitive_keys() -> list[str]:
+        return ["api_key"]
+
+    def ndims(self) -> int:
+        return 2
+
+    def generate_embeddings(self, texts: list[str], *args: Any, **kwargs: Any) -> Any:
+        return [[self.factor * len(text), 1.0] for text in texts]
+
+
+class Other(Scaled):
+    pass
+
+
+@pytest.fixture
+def functions() -> Iterator[None]:
+    registry = get_registry()
+    kept = dict(registry._functions)
+    registry.register("db-scaled")(Scaled)
+    registry.register("db-other")(Other)
+    for name in ("key", "key2"):
+        registry.set_var(name, f"sk-of-{name}")
+    yield
+    registry.reset()
+    registry._functions.update(kept)
+
+
+def described(
+    cls: type[Scaled] | None = Scaled,
+    source: str = "a",
+    template: str | None = None,
+    ndims: int = 2,
+    **arguments: Any,
+) -> pa.Schema:
+    """A schema of two texts and a vector that is made of them."""
+    schema = pa.schema(
+        {"a": pa.string(), "b": pa.string(), "vector": pa.list_(pa.float32(), ndims)}
+    )
+    if cls is None:
+        return schema
+    config = EmbeddingFunctionConfig(
+        vector_column="vector",
+        source_column=source,
+        function=cls.create(**arguments),
+        template=template,
+    )
+    return schema.with_metadata(get_registry().get_table_metadata([config]))
+
+
+@pytest.mark.parametrize(
+    ("there", "given", "message"),
+    [
+        ({"factor": 1.0}, {"factor": 5.0}, "argument factor is 1.0 in the table and 5.0 in"),
+        ({}, {"factor": 5.0}, "argument factor is not set in the table and 5.0 in"),
+        ({"options": [1]}, {"options": {"n": 1}}, r"options is \[1\] in the table and {'n': 1} in"),
+        (
+            {"api_key": "$var:key"},
+            {"api_key": "$var:key2"},
+            r"\$var:key. in the .* .\$var:key2. in",
+        ),
+        (
+            {},
+            {"cls": Other},
+            "table has 'db-scaled' of column 'a', .* has 'db-other' of column 'a'",
+        ),
+        ({}, {"source": "b"}, "'db-scaled' of column 'a', .* 'db-scaled' of column 'b'"),
+        ({}, {"template": "{a} {b}"}, "of column 'a', .* of the template '{a} {b}'"),
+        ({}, {"cls": None}, "the table has 'db-scaled' of column 'a', and what was given has none"),
+        ({"cls": None}, {}, "what was given has 'db-scaled' of column 'a', and the table has none"),
+        ({"cls": None}, {"cls": None, "ndims": 3}, r"'vector' is .*float>\[2\] in it and .*\[3\]"),
+    ],
+)
+def test_a_table_that_exists_otherwise_than_it_is_described(
+    db: LanceDBConnection, functions: None, there: Any, given: Any, message: str
+) -> None:
+    db.create_table("t", schema=described(**there))
+    for data in (None, [{"a": "x", "b": "y"}]):
+        with pytest.raises(SchemaError, match=message):
+            db.create_table("t", data, described(**given), exist_ok=True)
+    for arguments in (there, given):
+        db.create_table("t", schema=described(**arguments), mode="overwrite")
+        opened = db.create_table("t", schema=described(**arguments), exist_ok=True)
+        assert opened.count_rows() == 0
+
+
+def test_functions_that_are_given_for_a_table_that_exists_hold_for_it(
+    db: LanceDBConnection, functions: None
+) -> None:
+    f = Scaled.create(factor=2.0, options=(1, 2), batch_size=3)
+
+    class Doc(LanceModel):
+        a: str = f.SourceField()
+        vector: Vector(2) = f.VectorField()  # type: ignore[valid-type]
+
+    db.create_table("t", [{"a": "xx"}], schema=Doc)
+    plain = db.open_table("t").embedding_functions["vector"].function
+    assert (plain.factor, plain.batch_size) == (2.0, None)
+    table = db.create_table("t", [{"a": "x"}], schema=Doc, exist_ok=True)
+    assert table.embedding_functions["vector"].function is f
+    table.add([{"a": "xxx"}])
+    assert table.to_arrow()["vector"].to_pylist() == [[4.0, 1.0], [6.0, 1.0]]
+    assert table.embedding_functions["vector"].function is f
+    config = EmbeddingFunctionConfig(
+        vector_column="vector",
+        source_column="a",
+        function=Scaled.create(factor=2.0, options=[1, 2], batch_size=5),
+    )
+    schema = pa.schema({"a": pa.string()})  # the function's column is added to it
+    table = db.create_table("t", schema=schema, exist_ok=True, embedding_functions=[config])
+    assert table.embedding_functions["vector"].function.batch_size == 5
+
+
+def test_a_stored_function_that_cannot_be_made_is_compared_too(
+    db: LanceDBConnection, functions: None
+) -> None:
+    db.create_table("t", schema=described(factor=2.0))
+    get_registry()._functions.pop("db-scaled")
+    table = db.create_table("t", schema=db["t"].schema, exist_ok=True)
+    assert list(table.embedding_functions) == ["vector"]
+    with pytest.raises(SchemaError, match="what was given has none"):
+        db.create_table("t", schema=described(None), exist_ok=True)
+
+
+def test_data_of_a_table_that_exists_has_its_columns(db: LanceDBConnection) -> None:
+    db.create_table("t", ROWS)
+    for data, message in [
+        ([{"id": 1}], "with the columns id, vector, and what was given has id"),
+        ([{**ROWS[0], "x": 1}], "what was given has id, vector, x"),
+        ([{**ROWS[0], "id": "1"}], "column 'id' is int64 in it and string"),
+    ]:
+        with pytest.raises(SchemaError, match=message):
+            db.create_table("t", data, exist_ok=True)
+    for data in (None, []):
+        with pytest.raises(ValueError, match="data"):
+            db.create_table("t", data, exist_ok=True)
+    # beside a schema they are not looked at
+    rows = (row for row in ROWS)
+    assert len(db.create_table("t", rows, db["t"].schema, exist_ok=True)) == 2
+    assert list(rows) == ROWS
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".", "a b", "../x", "a\\b", "ü", None, 3])

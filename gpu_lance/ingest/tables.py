@@ -81,6 +81,25 @@ def plan_table(
     SchemaError
         If a function's source column is missing, or its vector column is no vector column.
     """
+    arrow, source, configs = described(data, schema, embedding_functions)
+    metadata = {**(arrow.metadata or {}), **(kept or {})}
+    metadata.update(get_registry().get_table_metadata(list(configs.values())) or {})
+    metadata.update(fingerprint.to_metadata(_fingerprints(configs)))
+    return Planned(arrow.with_metadata(metadata or None), source, configs)
+
+
+def described(
+    data: Any, schema: Any, embedding_functions: Sequence[EmbeddingFunctionConfig] | None = None
+) -> tuple[pa.Schema, Source, dict[str, EmbeddingFunctionConfig]]:
+    """The columns, rows and functions that the arguments of :func:`plan_table` describe.
+
+    No model is looked at for what is stored of it; the schema's metadata is what was given.
+
+    Raises
+    ------
+    ValueError, SchemaError
+        As there.
+    """
     if schema is None and (is_model_class(data) or isinstance(data, pa.Schema)):
         data, schema = None, data
     if data is None and schema is None:
@@ -96,11 +115,7 @@ def plan_table(
     check_names(arrow)
     if not configs:
         configs = get_registry().parse_functions(arrow.metadata)
-    arrow = _with_vector_columns(arrow, configs)
-    metadata = {**(arrow.metadata or {}), **(kept or {})}
-    metadata.update(get_registry().get_table_metadata(list(configs.values())) or {})
-    metadata.update(fingerprint.to_metadata(_fingerprints(configs)))
-    return Planned(arrow.with_metadata(metadata or None), source, configs)
+    return _with_vector_columns(arrow, configs), source, configs
 
 
 def _given(functions: Any) -> Sequence[EmbeddingFunctionConfig]:

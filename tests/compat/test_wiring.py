@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from datetime import timedelta
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 import lancedb
 import lancedb.embeddings
+import lancedb.pydantic
 import pytest
 
 import gpu_lance
 import gpu_lance.embeddings
+import gpu_lance.pydantic
 from gpu_lance.pydantic import LanceModel, Vector
 
 NAME = "compat-wiring"
@@ -106,3 +109,37 @@ def test_pairs_of_one_function_go_both_ways(tmp_path: Path) -> None:
             for column, wanted in (("title_vector", by_title), ("body_vector", by_body)):
                 found = table.search(letter, vector_column_name=column).limit(1).to_list()
                 assert found[0]["id"] == wanted, (letter, column)
+
+
+@pytest.mark.parametrize("maker", [gpu_lance, lancedb])
+@pytest.mark.parametrize(
+    ("there", "given", "opens"),
+    [
+        (1, 1, True),
+        (None, None, True),
+        (1, 2, False),
+        (1, None, False),
+        (None, 1, False),
+    ],
+)
+def test_exist_ok_opens_the_same_tables_in_both(
+    maker: ModuleType, there: int | None, given: int | None, opens: bool, tmp_path: Path
+) -> None:
+    def schema(package: ModuleType, retries: int | None) -> Any:
+        class Doc(package.pydantic.LanceModel):
+            if retries is None:
+                text: str
+                vector: package.pydantic.Vector(3)
+            else:
+                f = package.embeddings.get_registry().get(NAME).create(max_retries=retries)
+                text: str = f.SourceField()
+                vector: package.pydantic.Vector(3) = f.VectorField()
+                del f
+
+        return Doc
+
+    maker.connect(tmp_path).create_table("t", schema=schema(maker, there))
+    for opener in (gpu_lance, lancedb):
+        db = opener.connect(tmp_path)
+        with contextlib.nullcontext() if opens else pytest.raises(ValueError, match="schema|given"):
+            assert db.create_table("t", schema=schema(opener, given), exist_ok=True).schema
