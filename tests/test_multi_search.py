@@ -18,9 +18,9 @@ from multi_model import METRICS, nearest, ragged, some_documents
 from gpu_lance.errors import BadVectorError, QueryError
 from gpu_lance.index import multi_rescore, multi_scan, multi_search
 from gpu_lance.index.multi_rescore import by_document
-from gpu_lance.index.multi_scan import rows_of
 from gpu_lance.index.multi_search import MultiSearch
 from gpu_lance.index.multi_store import MultiSnapshot, MultiStore
+from gpu_lance.index.ragged import rows_of
 from gpu_lance.types import Metric
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -137,7 +137,7 @@ def test_from_no_vector_to_five_thousand(metric: str, device: torch.device) -> N
     case = Case(documents, 24, device, chunk_bytes=400_000)
     assert case.snapshot.lengths.zeros is False
     assert len(case.snapshot.chunks) > 2  # the longest has one to itself
-    assert case.store.num_vectors == sum(lengths)
+    assert case.snapshot.num_vectors == sum(lengths)
     case.check(metric, some_queries(rng, [32, 3, 300], 24), 10)
 
 
@@ -202,11 +202,11 @@ def test_removed_documents_and_sweeping(metric: str, device: torch.device) -> No
     left = set(case.row_ids[1::2])
     case.check(metric, queries, 50, only=left)
     assert case.store.wants_sweep
-    vectors, chunks = case.store.num_vectors, len(case.snapshot.chunks)
+    vectors, chunks = case.snapshot.num_vectors, len(case.snapshot.chunks)
     for _ in case.store.sweep():
         case.check(metric, queries, 50, only=left)
     assert not case.store.wants_sweep
-    assert case.store.num_vectors == vectors == sum(case.snapshot.used)
+    assert case.snapshot.num_vectors == vectors == sum(case.snapshot.used)
     assert len(case.snapshot.chunks) < chunks
     again = before.search(*ask)  # what was published stays as it was
     assert again.row_ids.tolist() == first.row_ids.tolist()

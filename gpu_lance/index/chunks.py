@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
@@ -235,15 +235,25 @@ class ChunkStore(ABC, Generic[Sn]):
 
     # --------------------------------------------------------------- publishing
 
-    @abstractmethod
     def publish(self) -> Sn:
         """The rows as they are now."""
+        if self._published is None:
+            slots = self._slots
+            full = slots.num_live == len(slots)
+            ready = None
+            if self.device.type == "cuda":
+                torch = require("torch", extra=EXTRAS)
+                ready = torch.cuda.current_stream(self.device).record_event()
+            self._published = self._snapshot(
+                tuple(self._chunks), tuple(self._used), slots.row_ids,
+                None if full else slots.live.copy(), slots.num_live, self._lengths,
+                self.ndims, self.dtype, self.device, ready,
+            )  # fmt: skip
+        return self._published
 
-    def _event(self) -> torch.cuda.Event | None:
-        """On CUDA, after which all that was written is there."""
-        if self.device.type != "cuda":
-            return None
-        return require("torch", extra=EXTRAS).cuda.current_stream(self.device).record_event()
+    @abstractmethod
+    def _snapshot(self, *common: Any) -> Sn:
+        """A snapshot, given what every :class:`Snapshot` is made of."""
 
     @abstractmethod
     def _slots_of(self, at: int) -> int:

@@ -105,6 +105,12 @@ class Following(ABC, Generic[Sn]):
         """The rows of that version, if they are held."""
         return self._store
 
+    @property
+    def snapshot(self) -> Sn | None:
+        """The same as a search sees them, which no other thread changes."""
+        held = self._held
+        return None if held is None else self._kept.get(held.mark)
+
     # ------------------------------------------------------- what columns differ in
 
     @abstractmethod
@@ -223,8 +229,8 @@ class Following(ABC, Generic[Sn]):
 
     def _publish(self, held: Held, *, sweep: bool = False) -> None:
         assert self._store is not None
-        self._held = held
         self._keep(held.mark, self._store.publish())
+        self._held = held
         self.budget.settle(self)
         if sweep and self._store.wants_sweep:
             self._kept = OrderedDict({held.mark: self._store.publish()})

@@ -14,7 +14,7 @@ from gpu_lance.index.column import FollowingIndex
 from gpu_lance.index.multi_follow import MultiFollower
 from gpu_lance.index.multi_read import read_documents
 from gpu_lance.index.multi_search import MultiSearch, checked
-from gpu_lance.index.multi_store import MultiSnapshot, MultiStore
+from gpu_lance.index.multi_store import MultiSnapshot
 from gpu_lance.index.multi_stream import lookup, pieces
 from gpu_lance.index.snapshot import Mask
 from gpu_lance.index.stream import merged
@@ -191,6 +191,5 @@ class MultiColumnIndex(FollowingIndex[MultiSnapshot]):
         dict
             With ``vectors``, how many the rows have together.
         """
-        store = self._follower.store
-        held = store.num_vectors if isinstance(store, MultiStore) else 0
-        return {**super().info(), "vectors": held}
+        snapshot = self._follower.snapshot
+        return {**super().info(), "vectors": 0 if snapshot is None else snapshot.num_vectors}

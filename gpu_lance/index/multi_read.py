@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from gpu_lance.errors import SchemaError
+from gpu_lance.index.ragged import bounds_of
 from gpu_lance.index.read import (
     BLOCK_BYTES,
     ROW_ID,
@@ -185,7 +186,7 @@ def _documents(batch: pa.RecordBatch, column: str, ndims: int, width: int) -> Do
     if array.null_count:
         valid = array.is_valid().to_numpy(zero_copy_only=False)
     if whole is not None:
-        broken = np.concatenate([np.zeros(1, np.int64), np.cumsum(~whole)])
+        broken = bounds_of(~whole)
         clean = broken[bounds[1:]] == broken[bounds[:-1]]
         valid = clean if valid is None else valid & clean
     return Documents(vectors, bounds, *names_of(batch), valid)

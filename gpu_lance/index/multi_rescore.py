@@ -8,12 +8,13 @@ bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gpu_lance.index.ragged import bounds_of, groups
 from gpu_lance.index.rescore import (
     Rounding,
     error_bound,
@@ -48,14 +49,14 @@ class ExactDocuments:
         (c, d) float32, as the user gave it; under cosine without vectors of zeros.
     values : callable
         Gives the stored vectors (t, d) of documents (n,), one document after the other.
-    lengths : numpy.ndarray
-        (n,) int64, by slot: how many vectors each document has.
+    bounds : numpy.ndarray
+        (n + 1,) int64, by slot: the document in slot i has bounds[i + 1] - bounds[i] vectors.
     """
 
     metric: Metric
     query: torch.Tensor
     values: Values
-    lengths: np.ndarray
+    bounds: np.ndarray
 
     def distances(self, slots: np.ndarray) -> np.ndarray:
         """The distances (n,) float32 of documents (n,), on the host.
@@ -64,32 +65,19 @@ class ExactDocuments:
         """
         torch = require("torch", extra=EXTRAS)
         out = np.empty(len(slots), np.float32)
-        for start, stop in self._groups(slots):
-            least = self._least(slots[start:stop])
+        bounds = bounds_of(self.bounds[slots + 1] - self.bounds[slots])
+        # no more documents than vectors: of each there is a distance to every query vector
+        most = max(1, PIECE_BYTES // (8 * max(self.query.shape)))
+        for start, stop in groups(bounds, 0, len(slots), most):
+            least = self._least(slots[start:stop], bounds[start : stop + 1] - bounds[start])
             out[start:stop] = tree_sum(torch.from_numpy(least)).float().numpy()
         return out
 
-    def _groups(self, slots: np.ndarray) -> Iterator[tuple[int, int]]:
-        """Documents of bounded size together, a longer one by itself."""
-        most = self._rows()
-        bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths[slots])])
-        start = 0
-        while start < len(slots):
-            stop = int(np.searchsorted(bounds, bounds[start] + most, side="right")) - 1
-            stop = max(stop, start + 1)
-            yield start, stop
-            start = stop
-
-    def _rows(self) -> int:
-        width = max(self.query.shape[1], min(COLUMNS, len(self.query)))
-        return max(1, PIECE_BYTES // (8 * width))
-
-    def _least(self, slots: np.ndarray) -> np.ndarray:
+    def _least(self, slots: np.ndarray, bounds: np.ndarray) -> np.ndarray:
         """(n, c) float64: the least distance of each document to each query vector."""
         stored, exact = self.values(slots), wide(self.query)
-        bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths[slots])])
         least = np.full((len(slots), len(exact)), np.inf)
-        step = self._rows()
+        step = max(1, PIECE_BYTES // (8 * max(exact.shape[1], min(COLUMNS, len(exact)))))
         for start in range(0, len(stored), step):  # a long document in several pieces
             stop = min(start + step, len(stored))
             x = wide(stored[start:stop]).to(exact.device)

@@ -14,6 +14,7 @@ import numpy as np
 from gpu_lance.index.engines import LONGEST, OVERFLOW, SHORTEST
 from gpu_lance.index.multi_rescore import by_document
 from gpu_lance.index.multi_store import MultiSnapshot
+from gpu_lance.index.ragged import bounds_of, groups, rows_of
 from gpu_lance.index.rescore import Rounding, error_bound
 from gpu_lance.index.snapshot import Mask, tile_rows
 from gpu_lance.index.threads import in_slices
@@ -219,8 +220,8 @@ class MultiScan:
             slots = self.mask.bits.nonzero()[:, 0]
             passing = slots.cpu().numpy()
             begins, ends = bounds[passing], bounds[passing + 1]
-            behind = np.concatenate([np.zeros(1, np.int64), np.cumsum(ends - begins)])
-            for start, stop in _groups(behind, 0, len(passing), step):
+            behind = bounds_of(ends - begins)
+            for start, stop in groups(behind, 0, len(passing), step):
                 rows = rows_of(begins[start:stop], ends[start:stop])
                 places = behind[start:stop] - behind[start]
                 gathered = functools.partial(self._gathered, rows, places, step)
@@ -229,7 +230,7 @@ class MultiScan:
         bits = None if self.mask is None else self.mask.bits.cpu().numpy()
         for at, (first_row, used) in enumerate(zip(snapshot.offsets, snapshot.used, strict=False)):
             first, last = np.searchsorted(snapshot.bounds, [first_row, first_row + used])
-            for start, stop in _groups(snapshot.bounds, int(first), int(last), step):
+            for start, stop in groups(snapshot.bounds, int(first), int(last), step):
                 if bits is None or bits[start:stop].any():
                     begin, end = (int(snapshot.bounds[i]) - first_row for i in (start, stop))
                     places = snapshot.bounds[start:stop] - snapshot.bounds[start]
@@ -301,25 +302,3 @@ class MultiScan:
             distances.masked_fill_(distances + off < self.lower, math.inf)
         if self.upper < math.inf:
             distances.masked_fill_(distances - off >= self.upper, math.inf)
-
-
-def _groups(bounds: np.ndarray, first: int, last: int, step: int) -> Iterator[tuple[int, int]]:
-    """Neighbours with at most `step` rows together, by `bounds`; a longer one by itself."""
-    while first < last:
-        stop = int(np.searchsorted(bounds, bounds[first] + step, side="right")) - 1
-        stop = min(max(stop, first + 1), last)
-        yield first, stop
-        first = stop
-
-
-def rows_of(begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """The numbers from each of `begins` to its end, one range after the other, int64.
-
-    Examples
-    --------
-    >>> rows_of(np.array([5, 0]), np.array([7, 1])).tolist()
-    [5, 6, 0]
-    """
-    lengths = ends - begins
-    before = np.cumsum(lengths) - lengths
-    return np.repeat(begins - before, lengths) + np.arange(int(lengths.sum()))

@@ -14,8 +14,9 @@ from gpu_lance.errors import BadVectorError, OutOfDeviceMemoryError, QueryError
 from gpu_lance.index.base import SearchResult
 from gpu_lance.index.exact import EXTRA_CANDIDATES, check_k
 from gpu_lance.index.multi_rescore import ExactDocuments
-from gpu_lance.index.multi_scan import MultiScan, Queries, rows_of
+from gpu_lance.index.multi_scan import MultiScan, Queries
 from gpu_lance.index.multi_store import MultiSnapshot
+from gpu_lance.index.ragged import bounds_of, rows_of
 from gpu_lance.index.rescore import (
     NARROWED,
     NO_ROW,
@@ -169,8 +170,7 @@ class MultiSearch:
         kept = (raw != 0).any(dim=1)
         if bool(kept.all()):
             return raw, bounds
-        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(kept.cpu().numpy())])
-        return raw[kept], before[bounds]
+        return raw[kept], bounds_of(kept.cpu().numpy())[bounds]
 
     def _rounding(self) -> Rounding:
         """The rounding of the first pass."""
@@ -198,12 +198,11 @@ class MultiSearch:
         ids = np.full((len(about), k), NO_ROW, np.int64)
         distances = np.full((len(about), k), np.inf, np.float32)
         values = self.stored or self._held
-        lengths_by_slot = np.diff(self.snapshot.bounds)
         for line in range(len(about)):
             query = raw[bounds[line] : bounds[line + 1]]
             if not len(query):  # no direction at all
                 continue
-            exact = ExactDocuments(self.metric, query, values, lengths_by_slot)
+            exact = ExactDocuments(self.metric, query, values, self.snapshot.bounds)
             first = near.indices[line][near.values[line] < math.inf].cpu().numpy()
             answer = self._ranked(exact, first, k, scan)
             if len(first) == c < about.shape[1]:

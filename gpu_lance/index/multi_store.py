@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gpu_lance.errors import BadVectorError
 from gpu_lance.index.chunks import MAX_DEAD, ChunkStore, picked
+from gpu_lance.index.ragged import bounds_of
 from gpu_lance.index.snapshot import Mask, Snapshot, settled
 from gpu_lance.optional import require
 
@@ -28,21 +29,23 @@ class MultiSnapshot(Snapshot):
 
     Parameters
     ----------
-    ends : numpy.ndarray
-        (n,) int64, by slot: the matrix row behind the document's last one.
+    bounds : numpy.ndarray
+        (n + 1,) int64: document i has the matrix rows bounds[i] to bounds[i + 1].
     longest, shortest : numpy.ndarray
         (n,) float32, by slot: the largest norm of its vectors, and the smallest of those that are
         not 0; infinity if all are.
     """
 
-    ends: np.ndarray = field(kw_only=True)
+    bounds: np.ndarray = field(kw_only=True)
     longest: np.ndarray = field(kw_only=True)
     shortest: np.ndarray = field(kw_only=True)
 
     @functools.cached_property
-    def bounds(self) -> np.ndarray:
-        """(n + 1,) int64: document i has the matrix rows bounds[i] to bounds[i + 1]."""
-        return np.concatenate([np.zeros(1, np.int64), self.ends])
+    def num_vectors(self) -> int:
+        """How many vectors the live documents have."""
+        if self.live is None:
+            return int(self.bounds[-1])
+        return int(np.diff(self.bounds)[self.live].sum())
 
     @functools.cached_property
     def directed_mask(self) -> Mask | None:
@@ -52,11 +55,6 @@ class MultiSnapshot(Snapshot):
         bits = self.longest > 0
         mask = Mask(settled(bits, self.device), int(np.count_nonzero(bits)))
         return mask if self.live_mask is None else mask & self.live_mask
-
-    @property
-    def own_nbytes(self) -> int:
-        """See :attr:`Snapshot.own_nbytes`."""
-        return super().own_nbytes + (self.bounds.nbytes if "bounds" in self.__dict__ else 0)
 
 
 class MultiStore(ChunkStore[MultiSnapshot]):
@@ -70,8 +68,8 @@ class MultiStore(ChunkStore[MultiSnapshot]):
     >>> store = MultiStore(2, torch.float32, torch.device("cpu"))
     >>> vectors = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     >>> store.add(vectors, np.array([0, 2, 3]), np.array([7, 9]))
-    >>> store.publish().bounds.tolist(), store.num_vectors
-    ([0, 2, 3], 3)
+    >>> store.publish().bounds.tolist()
+    [0, 2, 3]
     """
 
     def __init__(self, *args: object, **more: object) -> None:
@@ -79,20 +77,14 @@ class MultiStore(ChunkStore[MultiSnapshot]):
         self._forget_all()
 
     def _forget_all(self) -> None:
-        self._ends = np.empty(0, np.int64)
+        self._bounds = np.zeros(1, np.int64)
         self._longest = np.empty(0, np.float32)
         self._shortest = np.empty(0, np.float32)
 
     @property
-    def num_vectors(self) -> int:
-        """How many vectors the live documents have."""
-        n = len(self._slots)
-        return int((np.diff(self._ends[:n], prepend=0) * self._slots.live).sum())
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the chunks and of what is known of the slots."""
-        known = (self._ends, self._longest, self._shortest)
+        known = (self._bounds, self._longest, self._shortest)
         return super().nbytes + sum(array.nbytes for array in known)
 
     def add(
@@ -143,7 +135,7 @@ class MultiStore(ChunkStore[MultiSnapshot]):
             if lengths[~there].any():
                 vectors = picked(vectors, np.repeat(there, lengths))
             ids, when, lengths = ids[there], when[there], lengths[there]
-            bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+            bounds = bounds_of(lengths)
         first = 0
         with torch.inference_mode():
             while first < len(ids):
@@ -189,9 +181,8 @@ class MultiStore(ChunkStore[MultiSnapshot]):
             return
         norms = self._chunks[at].norms[start : self._used[at]].cpu().numpy()
         begins = np.cumsum(lengths) - lengths
-        last = self._ends[len(self._slots) - 1] if len(self._slots) else 0
         n = len(self._slots)
-        self._ends = _appended(self._ends, n, last + np.cumsum(lengths))
+        self._bounds = _appended(self._bounds, n + 1, self._bounds[n] + begins + lengths)
         self._longest = _appended(self._longest, n, np.maximum.reduceat(norms, begins))
         above = np.where(norms > 0, norms, np.float32(np.inf))
         self._shortest = _appended(self._shortest, n, np.minimum.reduceat(above, begins))
@@ -204,42 +195,35 @@ class MultiStore(ChunkStore[MultiSnapshot]):
 
     # --------------------------------------------------------------- publishing
 
-    def publish(self) -> MultiSnapshot:
-        """The documents as they are now."""
-        if self._published is None:
-            slots = self._slots
-            n = len(slots)
-            full = slots.num_live == n
-            self._published = MultiSnapshot(
-                tuple(self._chunks), tuple(self._used), slots.row_ids,
-                None if full else slots.live.copy(), slots.num_live, self._lengths,
-                self.ndims, self.dtype, self.device, self._event(),
-                ends=self._ends[:n], longest=self._longest[:n], shortest=self._shortest[:n],
-            )  # fmt: skip
-        return self._published
+    def _snapshot(self, *common: Any) -> MultiSnapshot:
+        n = len(self._slots)
+        return MultiSnapshot(
+            *common,
+            bounds=self._bounds[: n + 1],
+            longest=self._longest[:n],
+            shortest=self._shortest[:n],
+        )
 
     @property
     def wants_sweep(self) -> bool:
         """Whether so many vectors are of dead documents that they should be swept out."""
         rows = sum(self._used)
-        return len(self) < len(self._slots) and rows - self.num_vectors > MAX_DEAD * rows
+        return rows - self.publish().num_vectors > MAX_DEAD * rows
 
     def _slots_of(self, at: int) -> int:
         first = sum(self._used[:at])
-        ends = self._ends[: len(self._slots)]
-        found = np.searchsorted(ends, [first, first + self._used[at]], side="right")
-        return int(found[1] - found[0])
+        bounds = self._bounds[: len(self._slots) + 1]
+        start, stop = np.searchsorted(bounds, [first, first + self._used[at]])
+        return int(stop - start)
 
     def _kept(self, first: int, stop: int) -> np.ndarray:
-        before = self._ends[first - 1] if first else 0
-        lengths = np.diff(self._ends[first:stop], prepend=before)
-        return np.repeat(self._slots.live[first:stop], lengths)
+        return np.repeat(self._slots.live[first:stop], np.diff(self._bounds[first : stop + 1]))
 
     def _forget(self, first: int, stop: int) -> None:
         n = len(self._slots)
         kept = np.ones(n, bool)
         kept[first:stop] = self._slots.live[first:stop]
-        self._ends = np.cumsum(np.diff(self._ends[:n], prepend=0)[kept])
+        self._bounds = bounds_of(np.diff(self._bounds[: n + 1])[kept])
         self._longest, self._shortest = self._longest[:n][kept], self._shortest[:n][kept]
         super()._forget(first, stop)
 

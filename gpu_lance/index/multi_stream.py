@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gpu_lance.index.multi_read import Documents, read_documents
-from gpu_lance.index.multi_scan import rows_of
 from gpu_lance.index.multi_store import MultiSnapshot, MultiStore
+from gpu_lance.index.ragged import rows_of
 from gpu_lance.index.stream import PIECE_BYTES
 from gpu_lance.optional import require
 

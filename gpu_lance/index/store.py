@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,28 +18,9 @@ EXTRAS = "cpu|cuda13|cuda12"
 
 
 class ResidentStore(ChunkStore[Snapshot]):
-    """A growing matrix with row ids: its writer's side, for one thread at a time.
+    """A growing matrix with one row a slot: its writer's side, for one thread at a time.
 
-    Rows go to fresh slots of the last chunk, or of a new one of a quarter of what is held, up to
-    1 GiB; chunks are never moved. What was published before stays as it was.
-
-    Parameters
-    ----------
-    ndims : int
-        Length of a vector.
-    dtype : torch.dtype
-        float32 or float16: how vectors are held.
-    device : torch.device
-        Where they are searched.
-    home : torch.device, optional
-        Where they are held, if elsewhere: pinned host memory beside a GPU.
-    reserve : callable, optional
-        Asked for the bytes of each new chunk, and whether they are needed, not only handy; False
-        refuses them.
-    release : callable, optional
-        Told the bytes of each chunk that is let go.
-    chunk_bytes : int
-        The largest chunk.
+    See :class:`~gpu_lance.index.chunks.ChunkStore` for the parameters.
 
     Examples
     --------
@@ -52,8 +33,6 @@ class ResidentStore(ChunkStore[Snapshot]):
     >>> before.num_live, store.publish().num_live
     (2, 1)
     """
-
-    # ------------------------------------------------------------------ filling
 
     def add(
         self,
@@ -120,19 +99,8 @@ class ResidentStore(ChunkStore[Snapshot]):
                 return at
         return self._grow(min(rows, self._most))
 
-    # --------------------------------------------------------------- publishing
-
-    def publish(self) -> Snapshot:
-        """The rows as they are now."""
-        if self._published is None:
-            slots = self._slots
-            full = slots.num_live == len(slots)
-            self._published = Snapshot(
-                tuple(self._chunks), tuple(self._used), slots.row_ids,
-                None if full else slots.live.copy(), slots.num_live, self._lengths,
-                self.ndims, self.dtype, self.device, self._event(),
-            )  # fmt: skip
-        return self._published
+    def _snapshot(self, *common: Any) -> Snapshot:
+        return Snapshot(*common)
 
     def _slots_of(self, at: int) -> int:
         return self._used[at]
