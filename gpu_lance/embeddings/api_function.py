@@ -26,10 +26,16 @@ from gpu_lance.embeddings.api_connection import (
 from gpu_lance.embeddings.api_failures import Failure, Then, failure_of, shown
 from gpu_lance.embeddings.base import TextEmbeddingFunction
 from gpu_lance.embeddings.identity import freeze
-from gpu_lance.embeddings.inputs import text_fault
+from gpu_lance.embeddings.inputs import text_fault, usable
 from gpu_lance.embeddings.staged import StagedFunction, derived
 from gpu_lance.embeddings.throttle import Throttle
-from gpu_lance.errors import ApiError, BadInputError, EmbeddingError, MissingKeyError
+from gpu_lance.errors import (
+    ApiError,
+    BadInputError,
+    EmbeddingError,
+    MissingExtraError,
+    MissingKeyError,
+)
 from gpu_lance.types import Embeddings, Side
 
 if TYPE_CHECKING:
@@ -133,10 +139,7 @@ class ApiEmbeddingFunction(  # type: ignore[misc]  # the names of arguments diff
 
     @abstractmethod
     def open(self, key: SecretStr | None) -> tuple[Any, Any]:
-        """Make the client, without retries of its own; return it and what closes it.
-
-        An error must leave no local variable with a secret, since tracebacks may show them.
-        """
+        """Make the client, without retries of its own; return it and what closes it."""
 
     @abstractmethod
     def ask(
@@ -215,19 +218,12 @@ class ApiEmbeddingFunction(  # type: ignore[misc]  # the names of arguments diff
 
     def prepare(self, items: Sequence[Any], side: Side) -> Texts:
         """Sort out null, empty and bad items, and estimate the tokens of the rest."""
-        texts: list[str] = []
-        where: list[int] = []
-        errors: dict[int, str] = {}
-        for position, item in enumerate(items):
-            if item is None:
-                continue
-            if reason := text_fault(item):
-                errors[position] = reason
-            elif item:
-                texts.append(str(item))
-                where.append(position)
+        # a server refuses an empty text; it counts as a null
+        some = [None if isinstance(item, str) and not item else item for item in items]
+        texts, positions, errors = usable(some, text_fault)
+        texts = [str(text) for text in texts]
         costs = [count_tokens(text) for text in texts]
-        return Texts(texts, costs, np.asarray(where, np.int64), len(items), side, errors)
+        return Texts(texts, costs, positions, len(items), side, errors)
 
     def finish(self, prepared: Texts, *, ndims: int, device: torch.device) -> Embeddings:
         """Have the server make the vectors; see :func:`gpu_lance.embeddings.calls.finish`.
@@ -285,13 +281,11 @@ class ApiEmbeddingFunction(  # type: ignore[misc]  # the names of arguments diff
     ) -> tuple[np.ndarray, dict[int, str]]:
         """Send one request, and what is missing in its answer once more."""
         vectors, bad = self._one(connection, texts, side, ndims)
-        if bad and len(bad) < len(texts):
+        if bad:
             places = sorted(bad)
             again, bad = self._one(connection, [texts[place] for place in places], side, ndims)
             vectors[places] = again
             bad = {places[place]: reason for place, reason in bad.items()}
-        elif bad:
-            vectors, bad = self._one(connection, texts, side, ndims)
         return vectors, bad
 
     def _one(
@@ -361,30 +355,40 @@ class ApiEmbeddingFunction(  # type: ignore[misc]  # the names of arguments diff
             self._named_here = trust(check_server(self.base_url))
 
     def query_state(self) -> Hashable:
-        """Return the server that the environment names."""
+        """Return what the environment says of the server."""
         return os.environ.get(self.server_variable)
 
     def _connection(self) -> Connection:
         if self.base_url is not None and not self._named_here and not self._is_variable("base_url"):
             refuse_stranger(self.base_url, self.server_variable)
-        key = _hidden(self._key())
+        key = self._key()
+        secret = self.sensitive_keys()
         arguments = {
-            name: value
+            name: SecretStr(repr(value)) if name in secret else value
             for name, value in self._resolved().items()
             if name not in ("api_key", "batch_size", "max_retries", "timeout")
         }
 
         def make() -> Connection:
-            client, close = self.open(key)
+            client, close = self._opened(key)
             throttle = Throttle(
                 self.max_concurrent_requests, self.requests_per_minute, self.tokens_per_minute
             )
             return Connection(client, close, throttle, self._secrets(key))
 
-        environment = tuple(os.environ.get(name) for name in (self.server_variable,))
-        return CONNECTIONS.get((type(self), key, environment, freeze(arguments)), make)
+        return CONNECTIONS.get((type(self), key, self.query_state(), freeze(arguments)), make)
 
-    def _key(self) -> str | None:
+    def _opened(self, key: SecretStr | None) -> tuple[Any, Any]:
+        try:
+            return self.open(key)
+        except MissingExtraError:
+            raise
+        except Exception as error:
+            problem = shown(str(error), self._secrets(key)) or type(error).__name__
+        # outside the except block, without frames whose variables hold the key
+        raise BadInputError(f"{type(self).__name__} cannot be set up: {problem}.")
+
+    def _key(self) -> SecretStr | None:
         """The key, of the argument or the environment.
 
         Raises
@@ -410,7 +414,7 @@ class ApiEmbeddingFunction(  # type: ignore[misc]  # the names of arguments diff
                 f"The API key for {self.provider} holds characters that no key has, such as a line "
                 "break; set it again."
             )
-        return key
+        return SecretStr(key)
 
     def _advice(self) -> str:
         return (
@@ -459,7 +463,3 @@ class ApiEmbeddingFunction(  # type: ignore[misc]  # the names of arguments diff
             fields[name] = reference if variables.has_reference(reference) else None
         state["__dict__"] = fields
         return state
-
-
-def _hidden(key: str | None) -> SecretStr | None:
-    return SecretStr(key) if key else None

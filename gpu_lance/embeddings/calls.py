@@ -14,7 +14,7 @@ import numpy as np
 
 from gpu_lance.device import as_tensor
 from gpu_lance.embeddings.base import EmbeddingFunction, TextEmbeddingFunction
-from gpu_lance.embeddings.inputs import text_fault
+from gpu_lance.embeddings.inputs import text_fault, usable
 from gpu_lance.embeddings.returned import as_parts, as_rows, listed
 from gpu_lance.embeddings.staged import StagedFunction, is_derived
 from gpu_lance.errors import EmbeddingError, SchemaError
@@ -103,18 +103,8 @@ def prepare(function: EmbeddingFunction, items: Sequence[Any], side: Side | str)
         assert isinstance(function, StagedFunction)
         return function.prepare(items, side)
     text = isinstance(function, TextEmbeddingFunction)
-    good: list[Any] = []
-    positions: list[int] = []
-    errors: dict[int, str] = {}
-    for position, item in enumerate(items):
-        if item is None:
-            continue
-        if text and (reason := text_fault(item)):
-            errors[position] = reason
-            continue
-        good.append(item)
-        positions.append(position)
-    return ListItems(good, positions, len(items), side, errors)
+    good, positions, errors = usable(items, text_fault if text else lambda item: None)
+    return ListItems(good, positions.tolist(), len(items), side, errors)
 
 
 def finish(

@@ -11,11 +11,9 @@ from pydantic import SecretStr
 
 from gpu_lance.embeddings.api_answers import BadAnswer
 from gpu_lance.embeddings.api_connection import Connection
-from gpu_lance.embeddings.api_failures import shown
 from gpu_lance.embeddings.api_function import ApiEmbeddingFunction
 from gpu_lance.embeddings.api_http import bounded
 from gpu_lance.embeddings.staged import derived
-from gpu_lance.errors import BadInputError
 from gpu_lance.optional import require
 from gpu_lance.types import Side
 
@@ -102,19 +100,12 @@ class CohereEmbeddingFunction(ApiEmbeddingFunction):
         cohere = require("cohere", extra="cohere")
         http = _http_client(self.timeout)
         more = {"base_url": self.base_url.rstrip("/")} if self.base_url else {}
-        problem = ""
-        try:
-            client = cohere.ClientV2(
-                api_key=key.get_secret_value() if key else "none",
-                httpx_client=http,
-                timeout=self.timeout,
-                **more,
-            )
-        except (cohere.core.api_error.ApiError, ValueError, TypeError) as error:
-            problem = shown(str(error), self._secrets(key)) or type(error).__name__
-        if problem:
-            http.close()
-            raise BadInputError(f"{type(self).__name__} cannot be set up: {problem}.")
+        client = cohere.ClientV2(
+            api_key=key.get_secret_value() if key else "none",
+            httpx_client=http,
+            timeout=self.timeout,
+            **more,
+        )
         return (client, http), http.close
 
     def ask(

@@ -13,7 +13,7 @@ from pydantic import Field, PrivateAttr
 from gpu_lance.device import as_tensor, check_threads, resolve_device
 from gpu_lance.embeddings.batching import Budget, run_batches
 from gpu_lance.embeddings.gathering import OneEach, Several
-from gpu_lance.embeddings.inputs import text_fault
+from gpu_lance.embeddings.inputs import text_fault, usable
 from gpu_lance.embeddings.staged import StagedFunction
 from gpu_lance.errors import EmbeddingError
 from gpu_lance.optional import require
@@ -159,20 +159,9 @@ class DeviceEmbeddingFunction(StagedFunction):
 
     def prepare(self, items: Sequence[Any], side: Side) -> Prepared:
         """Do the CPU part of embedding `items`; None items are left out."""
-        good: list[Any] = []
-        where: list[int] = []
-        errors: dict[int, str] = {}
-        for position, item in enumerate(items):
-            if item is None:
-                continue
-            if reason := self.item_fault(item):
-                errors[position] = reason
-                continue
-            good.append(item)
-            where.append(position)
-        positions = np.asarray(where, dtype=np.int64)
+        good, positions, errors = usable(items, self.item_fault)
         payload = self.prepare_items(good, side) if good else Payload(None)
-        errors.update((where[row], reason) for row, reason in payload.bad.items())
+        errors.update((int(positions[row]), reason) for row, reason in payload.bad.items())
         rows = np.arange(len(good), dtype=np.int64)
         if payload.bad:
             rows = np.delete(rows, list(payload.bad))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,43 @@ def as_list(items: Any) -> list[Any]:
     if isinstance(items, Iterable) and not hasattr(items, "__array_interface__"):
         return list(items)
     return [items]
+
+
+def usable(
+    items: Sequence[Any], fault: Callable[[Any], str | None]
+) -> tuple[list[Any], np.ndarray, dict[int, str]]:
+    """Leave out null and bad items.
+
+    Parameters
+    ----------
+    items : sequence
+        Null items are None.
+    fault : callable
+        Says why an item is bad; None if it is not.
+
+    Returns
+    -------
+    (list, numpy.ndarray, dict of int to str)
+        The good items; where each stood, (m,) int64; and the reason for each bad one, by position.
+
+    Examples
+    --------
+    >>> good, positions, errors = usable(["a", None, 3, "b"], text_fault)
+    >>> good, positions.tolist(), errors
+    (['a', 'b'], [0, 3], {2: 'it is a int, not text'})
+    """
+    good: list[Any] = []
+    positions: list[int] = []
+    errors: dict[int, str] = {}
+    for position, item in enumerate(items):
+        if item is None:
+            continue
+        if reason := fault(item):
+            errors[position] = reason
+        else:
+            good.append(item)
+            positions.append(position)
+    return good, np.asarray(positions, np.int64), errors
 
 
 def text_fault(item: Any) -> str | None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
 from pydantic import SecretStr
 
 from gpu_lance.embeddings.api_answers import BadAnswer, in_order
 from gpu_lance.embeddings.api_connection import Connection, check_server
-from gpu_lance.embeddings.api_failures import Failure, shown
+from gpu_lance.embeddings.api_failures import Failure
 from gpu_lance.embeddings.api_function import ApiEmbeddingFunction
 from gpu_lance.embeddings.api_http import bounded
-from gpu_lance.errors import BadInputError
 from gpu_lance.optional import require
 from gpu_lance.types import Side
 
@@ -92,20 +91,12 @@ class OpenAIEmbeddings(ApiEmbeddingFunction):
             "api_key": key.get_secret_value() if key else no_key,
         }
         make = openai.AzureOpenAI if self.use_azure else openai.OpenAI
-        problem = ""
-        try:
-            client = make(
-                **{name: value for name, value in arguments.items() if value},
-                max_retries=0,
-                timeout=self.timeout,
-                http_client=http,
-            )
-        except (openai.OpenAIError, ValueError) as error:
-            problem = shown(str(error), self._secrets(key))
-        arguments.clear()
-        if problem:
-            http.close()
-            raise BadInputError(f"{type(self).__name__} cannot be set up: {problem}.")
+        client = make(
+            **{name: value for name, value in arguments.items() if value},
+            max_retries=0,
+            timeout=self.timeout,
+            http_client=http,
+        )
         check_server(str(client.base_url), self.server_variable)
         return client, client.close
 
@@ -138,11 +129,19 @@ class OpenAIEmbeddings(ApiEmbeddingFunction):
         connection.plain = True
         return True
 
-    def _key(self) -> str | None:
+    def query_state(self) -> Hashable:
+        """Return what the environment says of the server."""
+        if not self.use_azure:
+            return super().query_state()
+        token = SecretStr(os.environ.get("AZURE_OPENAI_AD_TOKEN", ""))
+        return (token, *map(os.environ.get, ("AZURE_OPENAI_ENDPOINT", "OPENAI_API_VERSION")))
+
+    def _key(self) -> SecretStr | None:
         if not self.use_azure:
             return super()._key()
         # the client reads its own variables and tells which are missing
-        return self._resolved()["api_key"] or os.environ.get("AZURE_OPENAI_API_KEY") or None
+        key = self._resolved()["api_key"] or os.environ.get("AZURE_OPENAI_API_KEY")
+        return SecretStr(key) if key else None
 
     def _secrets(self, key: SecretStr | None) -> dict[str, str]:
         token = os.environ.get("AZURE_OPENAI_AD_TOKEN") if self.use_azure else None

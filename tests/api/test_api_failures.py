@@ -347,6 +347,12 @@ def test_azure(server, monkeypatch):
     assert "/openai/deployments/deployed/embeddings?api-version=2024-06-01" in server.asked[-1].path
     headers = {name.lower(): value for name, value in server.asked[-1].headers.items()}
     assert headers["api-key"] == "azure-key-123"
+    monkeypatch.delenv("AZURE_OPENAI_API_KEY")
+    for token in ("first", "second"):  # they last an hour
+        monkeypatch.setenv("AZURE_OPENAI_AD_TOKEN", token)
+        function.compute_query_embeddings(["text"])
+        headers = {name.lower(): value for name, value in server.asked[-1].headers.items()}
+        assert headers["authorization"] == f"Bearer {token}"
 
 
 def test_the_base_says_what_a_provider_lacks():

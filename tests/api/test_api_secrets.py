@@ -283,6 +283,8 @@ def test_no_variable_of_a_traceback_holds_the_key(way, server, helpers, monkeypa
     """As tracebacks with variables show them, those of the client's own frames too."""
     key = "var-key-abcdef-1234567890"
     get_registry().set_var("key", key)
+    header = "header-abcdef-1234567890"
+    get_registry().set_var("header", header)
     more: dict[str, Any] = {"base_url": f"{server.url}/v1"}
     raised: type[BaseException] = BadInputError
     if way == "azure":
@@ -304,7 +306,8 @@ def test_no_variable_of_a_traceback_holds_the_key(way, server, helpers, monkeypa
     names = ["openai", "cohere"] if way in ("interrupt", "line break") else ["openai"]
     for name in names:
         make = get_registry().get(name).create
-        function = make(name="tiny", dim=8, api_key="$var:key", **more)
+        headers = {"default_headers": {"X-Token": "$var:header"}} if name == "openai" else {}
+        function = make(name="tiny", dim=8, api_key="$var:key", **more, **headers)
         with pytest.raises(raised) as caught:
             function.compute_query_embeddings("a")
         text = everything(caught.value)
@@ -312,6 +315,7 @@ def test_no_variable_of_a_traceback_holds_the_key(way, server, helpers, monkeypa
             if frame.f_code.co_filename != __file__:
                 text += "".join(map(repr, frame.f_locals.values()))
         clean(text, key)
+        clean(text, header)
 
 
 def test_a_missing_key_is_said_without_asking(server, monkeypatch):
