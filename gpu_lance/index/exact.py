@@ -16,7 +16,6 @@ from gpu_lance.index.base import SearchResult
 from gpu_lance.index.engines import Best, Engine
 from gpu_lance.index.planner import Planner
 from gpu_lance.index.rescore import (
-    NARROWED,
     NO_ROW,
     OVERFLOW,
     Rounding,
@@ -25,6 +24,7 @@ from gpu_lance.index.rescore import (
     normalised,
     norms,
     rank,
+    rounding_of,
     unit_roundoff,
 )
 from gpu_lance.index.scan import Scan
@@ -116,60 +116,29 @@ class ExactSearch:
         if self.snapshot.ready is not None:  # it may have been filled on another stream
             torch.cuda.current_stream(self.snapshot.device).wait_event(self.snapshot.ready)
         with torch.inference_mode():
-            mask = self._selection(allowed)
+            mask = self.snapshot.selection(self.metric, allowed)
             count = len(self.snapshot) if mask is None else mask.count
             if count == 0 or len(raw) == 0:
                 return result
             scan = Scan(
                 self.snapshot, self.metric, self.stored or self.snapshot.gather,
-                self._rounding(unit_roundoff(self.snapshot.device, faiss=False)),
+                self._rounding(),
                 None if mask is None else mask.bits, count,
                 lower=-math.inf if lower is None else float(np.float32(lower)),
                 upper=math.inf if upper is None else float(np.float32(upper)),
             )  # fmt: skip
-            block = max(1, min(MAX_QUERIES, MAX_PAIRS // min(count, k + EXTRA_CANDIDATES)))
-            start = 0
-            while start < len(raw):
-                stop = min(start + block, len(raw))
-                try:
-                    ids, distances = self._block(raw[start:stop], k, scan)
-                except RuntimeError as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    if block == 1:
-                        raise OutOfDeviceMemoryError(
-                            f"One query does not fit on {self.snapshot.device}: {error}"
-                        ) from error
-                    block //= 2
-                    logger.warning("index: out of memory, going on with %d queries a time", block)
-                    release_cache(self.snapshot.device)  # FAISS cannot use what torch holds unused
-                    continue
-                result.row_ids[start:stop] = np.where(ids == NO_ROW, -1, ids)
-                result.distances[start:stop] = distances
-                start = stop
+            most = max(1, min(MAX_QUERIES, MAX_PAIRS // min(count, k + EXTRA_CANDIDATES)))
+
+            def answer(start: int, stop: int) -> Answer:
+                return self._block(raw[start:stop], k, scan)
+
+            fill(result, self.snapshot.device, most, answer)
         return result
 
-    def _selection(self, allowed: Mask | None) -> Mask | None:
-        """Which slots qualify; None for every slot."""
-        snapshot = self.snapshot
-        size = len(snapshot)
-        if allowed is not None and allowed.bits.shape != (size,):
-            raise QueryError(f"The mask has shape {tuple(allowed.bits.shape)}, wanted ({size},).")
-        if self.metric is Metric.COSINE and snapshot.lengths.zeros:
-            mask = snapshot.directed_mask
-            mask = allowed if mask is None else mask if allowed is None else mask & allowed
-        else:  # what is allowed is live
-            mask = snapshot.live_mask if allowed is None else allowed
-        return None if mask is None or mask.count == size else mask
-
-    def _rounding(self, unit: float, *, divides: bool = True) -> Rounding:
-        """The rounding of an engine; `divides` by the norms unless they are 1."""
-        snapshot = self.snapshot
-        narrow, tiny = NARROWED[snapshot.dtype.itemsize] if self.stored else (0.0, 0.0)
-        deviation = 0.0
-        if not divides:  # the norms themselves are off by the rounding of a sum of squares
-            deviation = snapshot.lengths.deviation + (snapshot.ndims + 8) * 2.0**-24
-        return Rounding(unit, narrow, tiny * math.sqrt(snapshot.ndims), deviation)
+    def _rounding(self, *, faiss: bool = False, divides: bool = True) -> Rounding:
+        unit = unit_roundoff(self.snapshot.device, faiss=faiss)
+        narrowed = self.stored is not None
+        return rounding_of(self.snapshot, unit, narrowed=narrowed, divides=divides)
 
     def _block(self, raw: torch.Tensor, k: int, scan: Scan) -> tuple[np.ndarray, np.ndarray]:
         """The answer for one block of queries: propose, rescore, prove."""
@@ -224,8 +193,7 @@ class ExactSearch:
             return scan.slots()[None, :].expand(m, -1), everything, Rounding(0.0)
         engine, hidden = self._engine(m, c, scan)
         divides = not engine.is_faiss or self.metric is not Metric.COSINE
-        unit = unit_roundoff(self.snapshot.device, faiss=engine.is_faiss)
-        rounding = self._rounding(unit, divides=divides)
+        rounding = self._rounding(faiss=engine.is_faiss, divides=divides)
         scores, slots = self._ask(engine, queries, query_norms, c + hidden, scan, hidden == 0)
         last = scores[:, -1].cpu().double().numpy()  # in this order: MPS has no float64
         short = bool((slots < 0).any())  # an overflow; then nothing is certain
@@ -304,6 +272,55 @@ class ExactSearch:
                 complete &= fits | (rounding.unit == 0)
         proven: np.ndarray = complete | certain
         return proven
+
+
+Answer = tuple[np.ndarray, np.ndarray]  # row ids and distances, as `rank` gives them
+
+
+def fill(
+    result: SearchResult,
+    device: torch.device,
+    most: int,
+    answer: Callable[[int, int], Answer],
+    end: Callable[[int, int], int] = lambda start, stop: stop,
+) -> None:
+    """Answer all queries of a result, block by block; with smaller ones when memory runs out.
+
+    Parameters
+    ----------
+    result : SearchResult
+        (m, k), to write to.
+    most : int
+        Queries in a block.
+    answer : callable
+        Answers the queries from start to stop.
+    end : callable, optional
+        Where a block from start ends, if before stop.
+
+    Raises
+    ------
+    OutOfDeviceMemoryError
+        If not even one query fits on the device.
+    """
+    start = 0
+    while start < len(result.row_ids):
+        stop = end(start, min(start + most, len(result.row_ids)))
+        try:
+            ids, distances = answer(start, stop)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if stop - start == 1:
+                raise OutOfDeviceMemoryError(
+                    f"One query does not fit on {device}: {error}"
+                ) from error
+            most = (stop - start) // 2
+            logger.warning("index: out of memory, going on with %d queries a time", most)
+            release_cache(device)  # FAISS cannot use what torch holds unused
+            continue
+        result.row_ids[start:stop] = np.where(ids == NO_ROW, -1, ids)
+        result.distances[start:stop] = distances
+        start = stop
 
 
 def check_k(k: int) -> None:

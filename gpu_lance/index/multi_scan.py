@@ -6,16 +6,17 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gpu_lance.index.engines import LONGEST, OVERFLOW, SHORTEST
+from gpu_lance.index.exact import UNIT
 from gpu_lance.index.multi_rescore import by_document
 from gpu_lance.index.multi_store import MultiSnapshot
 from gpu_lance.index.ragged import bounds_of, groups, rows_of
-from gpu_lance.index.rescore import Rounding, error_bound
+from gpu_lance.index.rescore import error_bound, rounding_of, unit_roundoff
 from gpu_lance.index.snapshot import Mask, tile_rows
 from gpu_lance.index.threads import in_slices
 from gpu_lance.optional import require
@@ -35,7 +36,6 @@ PRODUCT_BYTES = {"cpu": 8 << 20}
 OTHER_PRODUCT_BYTES = 64 << 20
 WIDE_BYTES = 4 << 20  # of float16 vectors widened at a time on the CPU
 COLUMNS = 1024  # query vectors in one product
-UNIT = 2.0**-20  # norms that near to 1 need no division under cosine
 # below which share of the documents those that qualify are gathered, by how many query vectors
 # there are at least: the product grows with them, the copy does not
 GATHERED = ((128, 0.9), (16, 0.5), (0, 0.25))
@@ -103,21 +103,18 @@ class MultiScan:
     ----------
     snapshot : MultiSnapshot
     metric : Metric
-    rounding : Rounding
-        Of torch's products over what is held.
     mask : Mask or None
         Which documents qualify; None for all.
-    count : int
-        How many qualify.
+    narrowed : bool
+        Whether they are held narrower than they are stored.
     lower, upper : float
         Bounds on the distance, lower inclusive, upper exclusive; infinite for none.
     """
 
     snapshot: MultiSnapshot
     metric: Metric
-    rounding: Rounding
     mask: Mask | None
-    count: int
+    narrowed: bool = False
     lower: float = -math.inf
     upper: float = math.inf
 
@@ -275,12 +272,11 @@ class MultiScan:
         torch = require("torch", extra=EXTRAS)
         snapshot, device = self.snapshot, self.snapshot.device
         ndims = snapshot.ndims + int(np.diff(queries.bounds).max(initial=0)) + 4
+        unit = unit_roundoff(device, faiss=False)
+        divides = self.metric is not Metric.COSINE or self._divides
+        rounding = rounding_of(snapshot, unit, narrowed=self.narrowed, divides=divides)
         if self.metric is Metric.COSINE:
             known = snapshot.lengths
-            rounding = self.rounding
-            if not self._divides:  # the norms are off by the rounding of a sum of squares
-                deviation = known.deviation + (snapshot.ndims + 8) * 2.0**-24
-                rounding = replace(rounding, deviation=deviation)
             off = error_bound(self.metric, ndims, rounding, queries.longest, known.smallest)
             assert not isinstance(off, np.ndarray)
             off = off * queries.counts
@@ -290,7 +286,7 @@ class MultiScan:
                 off = off.masked_fill(torch.from_numpy(odd).to(device), math.inf)
             return off
         longest = torch.from_numpy(snapshot.longest).to(device)[None]
-        off = error_bound(self.metric, ndims, self.rounding, queries.longest, longest)
+        off = error_bound(self.metric, ndims, rounding, queries.longest, longest)
         assert not isinstance(off, np.ndarray)
         off = off * queries.counts
         fits = queries.longest * queries.longest + longest * longest < OVERFLOW

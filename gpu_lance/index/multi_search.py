@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpu_lance.device import as_tensor, is_out_of_memory, release_cache
-from gpu_lance.errors import BadVectorError, OutOfDeviceMemoryError, QueryError
+from gpu_lance.device import as_tensor
+from gpu_lance.errors import BadVectorError, QueryError
 from gpu_lance.index.base import SearchResult
-from gpu_lance.index.exact import EXTRA_CANDIDATES, check_k
+from gpu_lance.index.exact import EXTRA_CANDIDATES, Answer, check_k, fill
 from gpu_lance.index.multi_rescore import ExactDocuments
 from gpu_lance.index.multi_scan import MultiScan, Queries
 from gpu_lance.index.multi_store import MultiSnapshot
-from gpu_lance.index.ragged import bounds_of, rows_of
+from gpu_lance.index.ragged import bounds_of, groups, rows_of
 from gpu_lance.index.rescore import (
-    NARROWED,
     NO_ROW,
-    Rounding,
     normalised,
     norms,
     rank,
-    unit_roundoff,
 )
 from gpu_lance.index.snapshot import TILE_BYTES, Mask
 from gpu_lance.optional import require
@@ -34,8 +30,6 @@ if TYPE_CHECKING:
     import torch
 
     from gpu_lance.index.multi_rescore import Values
-
-logger = logging.getLogger(__name__)
 
 EXTRAS = "cpu|cuda13|cuda12"
 MAX_QUERIES = 256
@@ -117,51 +111,26 @@ class MultiSearch:
         if snapshot.ready is not None:  # it may have been filled on another stream
             torch.cuda.current_stream(snapshot.device).wait_event(snapshot.ready)
         with torch.inference_mode():
-            mask = self._selection(allowed)
-            count = len(snapshot) if mask is None else mask.count
-            if count == 0:
+            mask = snapshot.selection(self.metric, allowed)
+            if (len(snapshot) if mask is None else mask.count) == 0:
                 return result
             raw, bounds = self._directed(raw, bounds)
             scan = MultiScan(
-                snapshot, self.metric, self._rounding(), mask, count,
+                snapshot, self.metric, mask, narrowed=self.stored is not None,
                 lower=-math.inf if lower is None else float(np.float32(lower)),
                 upper=math.inf if upper is None else float(np.float32(upper)),
             )  # fmt: skip
             # the distances of all documents to some queries, and temporaries of their size
             most = max(1, min(MAX_QUERIES, TILE_BYTES // (16 * len(snapshot))))
-            start = 0
-            while start < len(result.row_ids):
-                stop = _stop(bounds, start, most)
-                try:
-                    ids, distances = self._block(raw, bounds[start : stop + 1], k, scan)
-                except RuntimeError as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    if stop == start + 1:
-                        raise OutOfDeviceMemoryError(
-                            f"One query does not fit on {snapshot.device}: {error}"
-                        ) from error
-                    most = (stop - start) // 2
-                    logger.warning("index: out of memory, going on with %d queries a time", most)
-                    release_cache(snapshot.device)
-                    continue
-                result.row_ids[start:stop] = np.where(ids == NO_ROW, -1, ids)
-                result.distances[start:stop] = distances
-                start = stop
-        return result
 
-    def _selection(self, allowed: Mask | None) -> Mask | None:
-        """Which documents qualify; None for all."""
-        snapshot = self.snapshot
-        size = len(snapshot)
-        if allowed is not None and allowed.bits.shape != (size,):
-            raise QueryError(f"The mask has shape {tuple(allowed.bits.shape)}, wanted ({size},).")
-        if self.metric is Metric.COSINE and snapshot.lengths.zeros:
-            mask = snapshot.directed_mask
-            mask = allowed if mask is None else mask if allowed is None else mask & allowed
-        else:  # what is allowed is live
-            mask = snapshot.live_mask if allowed is None else allowed
-        return None if mask is None or mask.count == size else mask
+            def answer(start: int, stop: int) -> Answer:
+                return self._block(raw, bounds[start : stop + 1], k, scan)
+
+            def end(start: int, stop: int) -> int:
+                return next(groups(bounds, start, stop, MAX_VECTORS))[1]
+
+            fill(result, snapshot.device, most, answer, end)
+        return result
 
     def _directed(self, raw: torch.Tensor, bounds: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
         """The queries without vectors that have no direction, if that matters."""
@@ -171,13 +140,6 @@ class MultiSearch:
         if bool(kept.all()):
             return raw, bounds
         return raw[kept], bounds_of(kept.cpu().numpy())[bounds]
-
-    def _rounding(self) -> Rounding:
-        """The rounding of the first pass."""
-        snapshot = self.snapshot
-        narrow, tiny = NARROWED[snapshot.dtype.itemsize] if self.stored else (0.0, 0.0)
-        unit = unit_roundoff(snapshot.device, faiss=False)
-        return Rounding(unit, narrow, tiny * math.sqrt(snapshot.ndims))
 
     def _block(
         self, raw: torch.Tensor, bounds: np.ndarray, k: int, scan: MultiScan
@@ -260,12 +222,6 @@ class MultiSearch:
         if len(most) < k:
             return math.inf
         return float(torch.topk(most, k, largest=False).values[-1])
-
-
-def _stop(bounds: np.ndarray, start: int, most: int) -> int:
-    """The query behind the last one of the block that begins with `start`."""
-    stop = int(np.searchsorted(bounds, bounds[start] + MAX_VECTORS, side="right")) - 1
-    return int(min(max(stop, start + 1), start + most, len(bounds) - 1))
 
 
 def checked(

@@ -8,6 +8,7 @@ to float32, and rows are ordered by (distance, row id).
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpu_lance.index.snapshot import TILE_BYTES
+from gpu_lance.index.snapshot import TILE_BYTES, Snapshot
 from gpu_lance.optional import require
 from gpu_lance.types import Metric
 
@@ -213,6 +214,27 @@ class Rounding:
 
 
 NARROWED = {2: (2.0**-11, 2.0**-25), 4: (2.0**-24, 2.0**-150)}  # by bytes of what is held
+
+
+def rounding_of(
+    snapshot: Snapshot, unit: float, *, narrowed: bool, divides: bool = True
+) -> Rounding:
+    """The rounding of products over what a snapshot holds.
+
+    Parameters
+    ----------
+    unit : float
+        See :func:`unit_roundoff`.
+    narrowed : bool
+        Whether rows are held narrower than they are stored.
+    divides : bool
+        False under cosine where scores are not divided by the rows' norms, as if those were 1.
+    """
+    narrow, tiny = NARROWED[snapshot.dtype.itemsize] if narrowed else (0.0, 0.0)
+    deviation = 0.0
+    if not divides:  # the norms themselves are off by the rounding of a sum of squares
+        deviation = snapshot.lengths.deviation + (snapshot.ndims + 8) * 2.0**-24
+    return Rounding(unit, narrow, tiny * math.sqrt(snapshot.ndims), deviation)
 
 
 def error_bound(

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gpu_lance.device import as_tensor
+from gpu_lance.errors import QueryError
 from gpu_lance.index.engines import Block
 from gpu_lance.index.slots import find
 from gpu_lance.optional import require
+from gpu_lance.types import Metric
 
 if TYPE_CHECKING:
     import torch
@@ -168,6 +170,18 @@ class Snapshot:
     def offsets(self) -> tuple[int, ...]:
         """The first slot of each chunk, and the number of slots."""
         return (0, *(int(end) for end in np.cumsum(self.used)))
+
+    def selection(self, metric: Metric, allowed: Mask | None) -> Mask | None:
+        """The slots that a search finds, of those in `allowed`; None for every slot."""
+        size = len(self)
+        if allowed is not None and allowed.bits.shape != (size,):
+            raise QueryError(f"The mask has shape {tuple(allowed.bits.shape)}, wanted ({size},).")
+        if metric is Metric.COSINE and self.lengths.zeros:
+            mask = self.directed_mask
+            mask = allowed if mask is None else mask if allowed is None else mask & allowed
+        else:  # what is allowed is live
+            mask = self.live_mask if allowed is None else allowed
+        return None if mask is None or mask.count == size else mask
 
     def mask(self, row_ids: np.ndarray) -> Mask:
         """The slots of those row ids, as far as they are here."""
