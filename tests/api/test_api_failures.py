@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,22 +24,17 @@ from gpu_lance.errors import (
     MissingKeyError,
 )
 
+sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this file
+from api_server import Answer, body_of, cohere_body, make, openai_body, refusal, vector_of
+
 PROVIDERS = pytest.mark.parametrize("provider", ["openai", "cohere"])
 TEXTS = [f"text {i}" for i in range(40)]
 
 
-def make(provider: str, url: str, **arguments: Any) -> Any:
-    if provider == "openai":
-        url += "/v1"
-    return get_registry().get(provider).create(name="tiny", dim=8, base_url=url, **arguments)
-
-
 @PROVIDERS
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_wrong_key_is_an_error_at_once_and_stops_the_others(
-    provider, status, server, helpers, pauses
-):
-    server.misbehave = lambda asked, number: helpers.refusal(status, "Incorrect API key")
+def test_a_wrong_key_is_an_error_at_once_and_stops_the_others(provider, status, server, pauses):
+    server.misbehave = lambda asked, number: refusal(status, "Incorrect API key")
     function = make(provider, server.url, batch_size=1, max_concurrent_requests=4)
     with pytest.raises(ApiAccessError) as caught:
         function.compute_source_embeddings(TEXTS)
@@ -51,8 +48,8 @@ def test_a_wrong_key_is_an_error_at_once_and_stops_the_others(
 
 
 @PROVIDERS
-def test_a_storm_of_429s_ends(provider, server, helpers, pauses):
-    server.misbehave = lambda asked, number: helpers.refusal(429, "slow down")
+def test_a_storm_of_429s_ends(provider, server, pauses):
+    server.misbehave = lambda asked, number: refusal(429, "slow down")
     with pytest.raises(ApiError, match="too many requests .HTTP 429.: slow down. Gave up after 3"):
         make(provider, server.url, max_retries=3).compute_source_embeddings(["a"])
     assert len(server.asked) == 4
@@ -66,8 +63,8 @@ def test_a_storm_of_429s_ends(provider, server, helpers, pauses):
 
 
 @PROVIDERS
-def test_the_time_budget_ends_retries(provider, server, helpers, monkeypatch):
-    server.misbehave = lambda asked, number: helpers.Answer(
+def test_the_time_budget_ends_retries(provider, server, monkeypatch):
+    server.misbehave = lambda asked, number: Answer(
         503, {"message": "busy"}, {"retry-after": "0.2"}
     )
     function = make(provider, server.url, max_retries=100)
@@ -79,8 +76,8 @@ def test_the_time_budget_ends_retries(provider, server, helpers, monkeypatch):
 
 
 @PROVIDERS
-def test_a_wait_beyond_the_budget_is_not_begun(provider, server, helpers, pauses):
-    server.misbehave = lambda asked, number: helpers.Answer(
+def test_a_wait_beyond_the_budget_is_not_begun(provider, server, pauses):
+    server.misbehave = lambda asked, number: Answer(
         429, {"message": "come back tomorrow"}, {"retry-after": "86400"}
     )
     with pytest.raises(ApiError, match="come back tomorrow. Gave up after 0 retries"):
@@ -88,8 +85,8 @@ def test_a_wait_beyond_the_budget_is_not_begun(provider, server, helpers, pauses
     assert pauses == [] and len(server.asked) == 1
 
 
-def test_an_account_without_money_is_no_storm(server, helpers, pauses):
-    server.misbehave = lambda asked, number: helpers.refusal(
+def test_an_account_without_money_is_no_storm(server, pauses):
+    server.misbehave = lambda asked, number: refusal(
         429, "You exceeded your current quota", code="insufficient_quota"
     )
     with pytest.raises(ApiError, match="nothing left to spend.*exceeded your current quota"):
@@ -98,13 +95,11 @@ def test_an_account_without_money_is_no_storm(server, helpers, pauses):
 
 
 @PROVIDERS
-def test_a_failure_makes_all_requests_wait(provider, server, helpers, pauses):
+def test_a_failure_makes_all_requests_wait(provider, server, pauses):
     """After a 429 the others wait as well, so few are refused."""
     function = make(provider, server.url, batch_size=1)
     server.misbehave = lambda asked, number: (
-        helpers.Answer(429, {"message": "slow down"}, {"retry-after": "30"})
-        if number == 1
-        else None
+        Answer(429, {"message": "slow down"}, {"retry-after": "30"}) if number == 1 else None
     )
     assert all(vector is not None for vector in function.compute_source_embeddings(TEXTS))
     # no time passes here, so all that begin within the 30 s ask for a wait
@@ -140,21 +135,21 @@ def test_no_server(provider, pauses):
     assert len(pauses) == 1
 
 
-def halves(provider: str, helpers: Any) -> dict[str, Any]:
+def halves(provider: str) -> dict[str, Any]:
     """Answers to two texts that cannot be used as they are."""
-    good = [helpers.vector_of(text, 8).tolist() for text in ("a", "b")]
+    good = [vector_of(text, 8).tolist() for text in ("a", "b")]
     if provider == "cohere":
         bodies = {
-            "fewer": helpers.cohere_body(good[:1]),
-            "more": helpers.cohere_body([*good, good[0]]),
+            "fewer": cohere_body(good[:1]),
+            "more": cohere_body([*good, good[0]]),
             "other": {"embeddings": {"int8": [[1] * 8] * 2}},
             "nothing": {},
-            "texts": helpers.cohere_body([["x"] * 8, good[1]]),
-            "nested": helpers.cohere_body([[good[0]] * 8, good[1]]),
-            "lengths": helpers.cohere_body([good[0], good[1][:5]]),
+            "texts": cohere_body([["x"] * 8, good[1]]),
+            "nested": cohere_body([[good[0]] * 8, good[1]]),
+            "lengths": cohere_body([good[0], good[1][:5]]),
         }
     else:
-        whole = helpers.openai_body(good)
+        whole = openai_body(good)
         twice = json.loads(json.dumps(whole))
         twice["data"][1]["index"] = 0
         beyond = json.loads(json.dumps(whole))
@@ -162,38 +157,38 @@ def halves(provider: str, helpers: Any) -> dict[str, Any]:
         partly = json.loads(json.dumps(whole))
         del partly["data"][1]["index"]
         bodies = {
-            "fewer": helpers.openai_body(good[:1]),
-            "more": helpers.openai_body([*good, good[0]]),
+            "fewer": openai_body(good[:1]),
+            "more": openai_body([*good, good[0]]),
             "twice": twice,
             "beyond": beyond,
             "partly": partly,
             "nothing": {},
             "error": {"error": {"message": "overloaded"}},
             "no list": {"data": 3},
-            "texts": helpers.openai_body([["x"] * 8, good[1]]),
-            "numbers": helpers.openai_body([1.0, 2.0]),
-            "no base64": helpers.openai_body(["***", "***"]),
-            "odd bytes": helpers.openai_body([base64.b64encode(b"12345").decode()] * 2),
-            "lengths": helpers.openai_body([good[0], good[1][:5]]),
+            "texts": openai_body([["x"] * 8, good[1]]),
+            "numbers": openai_body([1.0, 2.0]),
+            "no base64": openai_body(["***", "***"]),
+            "odd bytes": openai_body([base64.b64encode(b"12345").decode()] * 2),
+            "lengths": openai_body([good[0], good[1][:5]]),
         }
-    answers = {name: helpers.Answer(body=body) for name, body in bodies.items()}
+    answers = {name: Answer(body=body) for name, body in bodies.items()}
     for name, body in (("null", b"null"), ("html", b"<html>hello</html>"), ("empty", b"")):
-        answers[name] = helpers.Answer(body=body)
-    whole = json.dumps(helpers.openai_body(good)).encode()
-    answers["cut off"] = helpers.Answer(body=whole[:50])
-    answers["cut connection"] = helpers.Answer(body=whole[:50], announce=len(whole))
+        answers[name] = Answer(body=body)
+    whole = json.dumps(openai_body(good)).encode()
+    answers["cut off"] = Answer(body=whole[:50])
+    answers["cut connection"] = Answer(body=whole[:50], announce=len(whole))
     return answers
 
 
 @PROVIDERS
-def test_half_an_answer_is_asked_for_again_and_never_a_row(provider, server, helpers, pauses):
-    for name, answer in halves(provider, helpers).items():
+def test_half_an_answer_is_asked_for_again_and_never_a_row(provider, server, pauses):
+    for name, answer in halves(provider).items():
         server.asked.clear()
         server.misbehave = lambda asked, number, answer=answer: answer if number == 1 else None
         made = make(provider, server.url).compute_query_embeddings(["a", "b"])
         start = "" if provider == "openai" else "search_query:"
-        np.testing.assert_array_equal(made[0], helpers.vector_of(f"{start}a", 8), name)
-        np.testing.assert_array_equal(made[1], helpers.vector_of(f"{start}b", 8), name)
+        np.testing.assert_array_equal(made[0], vector_of(f"{start}a", 8), name)
+        np.testing.assert_array_equal(made[1], vector_of(f"{start}b", 8), name)
         assert len(server.asked) == 2, name
         server.misbehave = lambda asked, number, answer=answer: answer
         with pytest.raises(ApiError) as caught:
@@ -201,32 +196,32 @@ def test_half_an_answer_is_asked_for_again_and_never_a_row(provider, server, hel
         assert "Gave up after 1" in str(caught.value), name
 
 
-def test_vectors_in_another_order_are_put_into_theirs(server, helpers):
+def test_vectors_in_another_order_are_put_into_theirs(server):
     def misbehave(asked, number):
-        body = helpers.openai_body([helpers.vector_of(t, 8).tolist() for t in asked.texts])
+        body = openai_body([vector_of(t, 8).tolist() for t in asked.texts])
         body["data"].reverse()
-        return helpers.Answer(body=body)
+        return Answer(body=body)
 
     server.misbehave = misbehave
     made = make("openai", server.url).compute_source_embeddings(TEXTS)
-    np.testing.assert_array_equal(np.stack(made), [helpers.vector_of(t, 8) for t in TEXTS])
+    np.testing.assert_array_equal(np.stack(made), [vector_of(t, 8) for t in TEXTS])
 
 
 @PROVIDERS
 @pytest.mark.parametrize("fault", [None, [float("nan")] * 8, [1e300] * 8, []])
-def test_one_vector_that_cannot_be_used_is_one_row(provider, fault, server, helpers):
+def test_one_vector_that_cannot_be_used_is_one_row(provider, fault, server):
     """It is asked for once more by itself; the others are kept."""
 
     def misbehave(asked, number):
-        rows = [fault if t == "b" else helpers.vector_of(t, 8).tolist() for t in asked.texts]
-        body = helpers.openai_body(rows) if provider == "openai" else helpers.cohere_body(rows)
-        return helpers.Answer(body=body)
+        rows = [fault if t == "b" else vector_of(t, 8).tolist() for t in asked.texts]
+        body = body_of(provider, rows)
+        return Answer(body=body)
 
     server.misbehave = misbehave
     made = make(provider, server.url).compute_source_embeddings(["a", "b", "c"])
     assert made[1] is None
-    np.testing.assert_array_equal(made[0], helpers.vector_of("a", 8))
-    np.testing.assert_array_equal(made[2], helpers.vector_of("c", 8))
+    np.testing.assert_array_equal(made[0], vector_of("a", 8))
+    np.testing.assert_array_equal(made[2], vector_of("c", 8))
     assert [asked.texts for asked in server.asked] == [["a", "b", "c"], ["b"]]
 
 
@@ -242,10 +237,10 @@ def test_a_wrong_dimension_names_both(provider, server, pauses):
     assert len(server.asked) == 2 and pauses == []  # the second asks for 8
 
 
-def test_a_wrong_dimension_from_a_server_that_refuses_to_change_it(server, helpers):
+def test_a_wrong_dimension_from_a_server_that_refuses_to_change_it(server):
     server.dims = 11
     server.misbehave = lambda asked, number: (
-        helpers.refusal(400, "no matryoshka") if "dimensions" in asked.body else None
+        refusal(400, "no matryoshka") if "dimensions" in asked.body else None
     )
     with pytest.raises(EmbeddingError, match="vectors of 11 numbers .*column wants 8"):
         make("openai", server.url).compute_source_embeddings(TEXTS)
@@ -265,9 +260,9 @@ def test_a_wrong_dimension_from_a_server_that_refuses_to_change_it(server, helpe
     ],
 )
 def test_what_would_be_said_of_every_text_is_an_error_at_once(
-    provider, status, message, more, most, server, helpers, pauses
+    provider, status, message, more, most, server, pauses
 ):
-    server.misbehave = lambda asked, number: helpers.refusal(status, message, **more)
+    server.misbehave = lambda asked, number: refusal(status, message, **more)
     with pytest.raises(ApiError) as caught:
         make(provider, server.url).compute_source_embeddings(TEXTS)
     assert message in str(caught.value) and str(status) in str(caught.value)
@@ -276,20 +271,20 @@ def test_what_would_be_said_of_every_text_is_an_error_at_once(
     assert pauses == []
 
 
-def test_refusals_of_everything_after_a_good_start(server, helpers):
+def test_refusals_of_everything_after_a_good_start(server):
     """The server is asked now and then whether it still takes any text at all."""
     function = make("openai", server.url)
     function.compute_source_embeddings(["a"])
-    server.misbehave = lambda asked, number: helpers.refusal(400, "maintenance")
+    server.misbehave = lambda asked, number: refusal(400, "maintenance")
     server.asked.clear()
     with pytest.raises(ApiError, match="refuses every text, also 'A short sentence.'.*maintenance"):
         function.compute_source_embeddings([f"text {i}" for i in range(2000)])
     assert len(server.asked) < 200
 
 
-def test_most_texts_may_be_bad(server, helpers):
+def test_most_texts_may_be_bad(server):
     server.misbehave = lambda asked, number: (
-        helpers.refusal(400, "too short") if any(len(t) < 8 for t in asked.texts) else None
+        refusal(400, "too short") if any(len(t) < 8 for t in asked.texts) else None
     )
     texts = [f"t {i}" for i in range(300)] + ["long enough"]
     made = make("openai", server.url).compute_source_embeddings(texts)

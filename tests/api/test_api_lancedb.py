@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import cohere
@@ -18,6 +20,9 @@ import gpu_lance.pydantic
 from gpu_lance.embeddings import get_registry
 from gpu_lance.embeddings.api_connection import _named
 from gpu_lance.errors import BadInputError, FingerprintError
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this file
+from api_server import Answer, vector_of
 
 THEIRS = lancedb.embeddings.get_registry()
 SESSION: dict[str, Any] = {
@@ -54,7 +59,7 @@ def model_of(table: Any) -> dict[str, Any]:
     return entry["model"]
 
 
-def test_lancedb_searches_and_adds_to_our_openai_table(server, helpers, tmp_path):
+def test_lancedb_searches_and_adds_to_our_openai_table(server, tmp_path):
     function = openai_of(gpu_lance, server, **SESSION)
     table = table_of(gpu_lance, function, tmp_path)
     table.add([{"text": f"text {i}"} for i in range(20)])
@@ -67,7 +72,7 @@ def test_lancedb_searches_and_adds_to_our_openai_table(server, helpers, tmp_path
     lancedb.embeddings.get_registry().set_var("key", "sk-of-a-variable")
     theirs = lancedb.connect(tmp_path).open_table("docs")
     assert theirs.schema.field("vector").type == pa.list_(pa.float32(), 8)
-    (found,) = theirs.search(helpers.vector_of("text 3", 8)).limit(1).to_list()
+    (found,) = theirs.search(vector_of("text 3", 8)).limit(1).to_list()
     assert found["text"] == "text 3"
     server.asked.clear()
     (found,) = theirs.search("text 4").limit(1).to_list()
@@ -124,16 +129,16 @@ def test_both_know_the_same_lengths():
         assert set(theirs.model_fields) - {"client"} <= set(ours.model_fields)
 
 
-def test_lancedb_searches_and_adds_to_our_cohere_table(server, helpers, tmp_path, monkeypatch):
+def test_lancedb_searches_and_adds_to_our_cohere_table(server, tmp_path, monkeypatch):
     """The model is always named in it, since the defaults differ."""
 
     def misbehave(asked, number):
         if not asked.path.endswith("/v1/embed"):  # LanceDB's form
             return None
         kind = asked.body["input_type"]
-        rows = [helpers.vector_of(f"{kind}:{text}", 1024).tolist() for text in asked.texts]
+        rows = [vector_of(f"{kind}:{text}", 1024).tolist() for text in asked.texts]
         body = {"id": "1", "texts": asked.texts, "response_type": "embeddings_floats"}
-        return helpers.Answer(body={**body, "embeddings": rows})
+        return Answer(body={**body, "embeddings": rows})
 
     server.dims, server.misbehave = 1024, misbehave
     function = get_registry().get("cohere").create(base_url=server.url)
@@ -144,7 +149,7 @@ def test_lancedb_searches_and_adds_to_our_cohere_table(server, helpers, tmp_path
         monkeypatch.setattr(lancedb.embeddings.CohereEmbeddingFunction, "client", client)
         theirs = lancedb.connect(tmp_path).open_table("docs")
         assert theirs.schema.field("vector").type == pa.list_(pa.float32(), 1024)
-        stored = helpers.vector_of("search_document:two", 1024)
+        stored = vector_of("search_document:two", 1024)
         (found,) = theirs.search(stored).limit(1).to_list()
         assert found["text"] == "two"
         theirs.add([{"text": "three"}])
@@ -154,7 +159,7 @@ def test_lancedb_searches_and_adds_to_our_cohere_table(server, helpers, tmp_path
         assert server.asked[-1].body["model"] == "embed-english-v3.0"
     vectors = {row["text"]: row["vector"] for row in table.to_arrow().to_pylist()}
     for text in ("one", "two", "three"):
-        wanted = helpers.vector_of(f"search_document:{text}", 1024)
+        wanted = vector_of(f"search_document:{text}", 1024)
         np.testing.assert_array_equal(np.float32(vectors[text]), wanted)
 
 
@@ -185,7 +190,7 @@ def test_vectors_of_two_models_never_mix(server, tmp_path):
         gpu_lance.connect(tmp_path, device="cpu").open_table("docs").search("a").to_list()
 
 
-def test_a_new_process_opens_the_table(server, helpers, tmp_path):
+def test_a_new_process_opens_the_table(server, tmp_path):
     """As a program does on another day: no function is made by hand."""
     function = get_registry().get("openai").create(name="m", dim=8, base_url=f"{server.url}/v1")
     table_of(gpu_lance, function, tmp_path).add([{"text": "a"}, {"text": "b"}])
@@ -193,7 +198,7 @@ def test_a_new_process_opens_the_table(server, helpers, tmp_path):
     table = gpu_lance.connect(tmp_path, device="cpu").open_table("docs")
     assert table.search("b").limit(1).to_list()[0]["text"] == "b"
     vectors = np.float32(table.to_arrow()["vector"].to_pylist())
-    np.testing.assert_array_equal(vectors, [helpers.vector_of(t, 8) for t in "ab"])
+    np.testing.assert_array_equal(vectors, [vector_of(t, 8) for t in "ab"])
 
 
 def test_a_model_from_a_variable_is_stored_as_one(server, tmp_path):

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,18 +21,15 @@ from gpu_lance.embeddings.api_calls import count_tokens, divide
 from gpu_lance.embeddings.api_connection import CONNECTIONS, KEPT
 from gpu_lance.embeddings.throttle import Stopped, Throttle
 
+sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this file
+from api_server import make
+
 TEXTS = [f"text {i}" for i in range(40)]
-
-
-def make(provider: str, url: str, **arguments: Any) -> Any:
-    if provider == "openai":
-        url += "/v1"
-    return get_registry().get(provider).create(name="tiny", dim=8, base_url=url, **arguments)
 
 
 @pytest.mark.parametrize("provider", ["openai", "cohere"])
 @pytest.mark.parametrize("most", [1, 3])
-def test_no_more_requests_at_once_than_allowed(provider, most, server, helpers):
+def test_no_more_requests_at_once_than_allowed(provider, most, server):
     """Also when several threads and several functions of the same arguments ask."""
     gate = threading.Barrier(most)
 
@@ -124,7 +122,7 @@ def test_a_hold_is_for_all_and_halves_what_is_under_way(monkeypatch):
     assert throttle.under_way == 0
 
 
-def test_one_client_for_equal_arguments(server, helpers):
+def test_one_client_for_equal_arguments(server):
     first = make("openai", server.url)
     first.compute_query_embeddings("a")
     (connection,) = CONNECTIONS._kept.values()

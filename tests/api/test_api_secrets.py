@@ -28,6 +28,9 @@ from gpu_lance.errors import (
 )
 from gpu_lance.pydantic import LanceModel, Vector
 
+sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this file
+from api_server import KEY, Answer, refusal
+
 PROVIDERS = pytest.mark.parametrize("provider", ["openai", "cohere"])
 HEADER = "header-secret-9876543210"
 
@@ -85,7 +88,7 @@ def clean(text: str, *secrets: str) -> None:
 
 
 @PROVIDERS
-def test_the_key_arrives_and_shows_nowhere(provider, server, helpers, tmp_path, caplog):
+def test_the_key_arrives_and_shows_nowhere(provider, server, tmp_path, caplog):
     caplog.set_level(logging.DEBUG)
     key = "var-key-abcdef-1234567890"
     function = make(provider, server.url, key)
@@ -118,7 +121,7 @@ def test_the_key_arrives_and_shows_nowhere(provider, server, helpers, tmp_path, 
 
 @PROVIDERS
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 429, 500])
-def test_a_server_that_repeats_the_key(provider, status, server, helpers, caplog, pauses):
+def test_a_server_that_repeats_the_key(provider, status, server, caplog, pauses):
     """In the message, in a header and in the reason of a bad row."""
     caplog.set_level(logging.DEBUG)
     key = "var-key-abcdef-1234567890"
@@ -129,7 +132,7 @@ def test_a_server_that_repeats_the_key(provider, status, server, helpers, caplog
         if status in (400, 422) and "bad" not in asked.texts:
             return None
         said = f"the key {key} and {secrets[-1]} for {asked.headers}" + " and so on" * 100
-        answer = helpers.refusal(status, said)
+        answer = refusal(status, said)
         answer.headers["X-Echo"] = "yes"
         return answer
 
@@ -150,27 +153,27 @@ def test_a_server_that_repeats_the_key(provider, status, server, helpers, caplog
 
 
 @PROVIDERS
-def test_a_key_of_the_environment_shows_nowhere(provider, server, helpers, caplog, tmp_path):
+def test_a_key_of_the_environment_shows_nowhere(provider, server, caplog, tmp_path):
     caplog.set_level(logging.DEBUG)
     url = server.url + ("/v1" if provider == "openai" else "")
     function = get_registry().get(provider).create(name="tiny", dim=8, base_url=url)
-    server.misbehave = lambda asked, number: helpers.refusal(401, f"Incorrect key {helpers.KEY}")
+    server.misbehave = lambda asked, number: refusal(401, f"Incorrect key {KEY}")
     table = gpu_lance.connect(tmp_path, device="cpu").create_table("d", schema=schema_of(function))
     with pytest.raises(ApiAccessError, match="Incorrect key \\*\\*\\*") as caught:
         table.add([{"text": "one"}])
     assert (
         server.asked[-1].headers.get("Authorization", server.asked[-1].headers.get("authorization"))
-        == f"Bearer {helpers.KEY}"
+        == f"Bearer {KEY}"
     )
-    clean(everything(caught.value) + caplog.text + repr(function), helpers.KEY)
-    clean(pickle.dumps(function).decode("latin-1"), helpers.KEY)
+    clean(everything(caught.value) + caplog.text + repr(function), KEY)
+    clean(pickle.dumps(function).decode("latin-1"), KEY)
 
 
 @PROVIDERS
-def test_half_an_answer_with_the_key_in_it(provider, server, helpers, caplog, pauses):
+def test_half_an_answer_with_the_key_in_it(provider, server, caplog, pauses):
     key = "var-key-abcdef-1234567890"
     function = make(provider, server.url, key, max_retries=0)
-    server.misbehave = lambda asked, number: helpers.Answer(body=f"<{key}>".encode())
+    server.misbehave = lambda asked, number: Answer(body=f"<{key}>".encode())
     with pytest.raises(ApiError, match="of no use") as caught:
         function.compute_source_embeddings(["a"])
     clean(everything(caught.value) + caplog.text, key)
@@ -260,9 +263,9 @@ def test_a_server_that_only_a_table_names_gets_nothing(tmp_path, monkeypatch):
         revived.compute_query_embeddings("a")
 
 
-def test_nothing_in_the_output_of_a_program_that_fails(server, helpers):
+def test_nothing_in_the_output_of_a_program_that_fails(server):
     """Also not in what Python prints of an error that nobody catches."""
-    server.misbehave = lambda asked, number: helpers.refusal(401, f"bad key {helpers.KEY}")
+    server.misbehave = lambda asked, number: refusal(401, f"bad key {KEY}")
     code = (
         "import logging, sys\n"
         "logging.basicConfig(level=logging.DEBUG)\n"
@@ -275,11 +278,11 @@ def test_nothing_in_the_output_of_a_program_that_fails(server, helpers):
     assert done.returncode == 1
     assert "ApiAccessError" in done.stderr and "bad key ***" in done.stderr
     assert "The above exception" not in done.stderr and "During handling" not in done.stderr
-    clean(done.stdout + done.stderr, helpers.KEY)
+    clean(done.stdout + done.stderr, KEY)
 
 
 @pytest.mark.parametrize("way", ["azure", "address", "line break", "interrupt"])
-def test_no_variable_of_a_traceback_holds_the_key(way, server, helpers, monkeypatch):
+def test_no_variable_of_a_traceback_holds_the_key(way, server, monkeypatch):
     """As tracebacks with variables show them, those of the client's own frames too."""
     key = "var-key-abcdef-1234567890"
     get_registry().set_var("key", key)

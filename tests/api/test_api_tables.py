@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,8 @@ from gpu_lance.embeddings import get_registry
 from gpu_lance.errors import BadInputError
 from gpu_lance.pydantic import LanceModel, Vector
 
-
-def make(provider: str, url: str, **arguments: Any) -> Any:
-    if provider == "openai":
-        url += "/v1"
-    return get_registry().get(provider).create(name="tiny", dim=8, base_url=url, **arguments)
+sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this file
+from api_server import Answer, make, refusal, vector_of
 
 
 def table_of(function: Any, folder: Path) -> Any:
@@ -31,14 +29,14 @@ def table_of(function: Any, folder: Path) -> Any:
     return gpu_lance.connect(folder, device="cpu").create_table("docs", schema=Doc)
 
 
-def wanted(provider: str, texts: list[str], helpers: Any, side: str = "document") -> np.ndarray:
+def wanted(provider: str, texts: list[str], side: str = "document") -> np.ndarray:
     start = "" if provider == "openai" else f"search_{side}:"
-    return np.stack([helpers.vector_of(start + text, 8) for text in texts])
+    return np.stack([vector_of(start + text, 8) for text in texts])
 
 
 @pytest.mark.parametrize("provider", ["openai", "cohere"])
 def test_thousands_of_texts_from_a_server_that_fails_now_and_then(
-    provider, server, helpers, pauses, tmp_path
+    provider, server, pauses, tmp_path
 ):
     """10 % of the requests are too many and 1 % fail: every text arrives once, in its place."""
     random_ = random.Random(1)
@@ -49,13 +47,13 @@ def test_thousands_of_texts_from_a_server_that_fails_now_and_then(
         if chance < 0.10:
             told.append(429)
             return (
-                helpers.refusal(429, "slow down")
+                refusal(429, "slow down")
                 if number % 2
-                else helpers.Answer(429, {"message": "slow down"}, {"Retry-After": "2"})
+                else Answer(429, {"message": "slow down"}, {"Retry-After": "2"})
             )
         if chance < 0.11 or number == 5:
             told.append(500)
-            return helpers.Answer(500, b"<html>oops</html>")
+            return Answer(500, b"<html>oops</html>")
         return None
 
     server.misbehave = misbehave
@@ -66,7 +64,7 @@ def test_thousands_of_texts_from_a_server_that_fails_now_and_then(
     rows = table.to_arrow().sort_by("id")
     assert rows["id"].to_pylist() == list(range(5000))
     vectors = np.stack(rows["vector"].combine_chunks().to_numpy(zero_copy_only=False))
-    np.testing.assert_array_equal(vectors, wanted(provider, texts, helpers))
+    np.testing.assert_array_equal(vectors, wanted(provider, texts))
     assert told.count(429) > 15
     assert 500 in told
     assert len(pauses) >= 5
@@ -82,10 +80,10 @@ def test_thousands_of_texts_from_a_server_that_fails_now_and_then(
 
 @pytest.mark.parametrize("provider", ["openai", "cohere"])
 @pytest.mark.parametrize("status", [400, 413, 422])
-def test_one_poisonous_text_is_one_row(provider, status, server, helpers, tmp_path):
+def test_one_poisonous_text_is_one_row(provider, status, server, tmp_path):
     def misbehave(asked, number):
         if any("poison" in text for text in asked.texts):
-            return helpers.refusal(status, "this text holds something forbidden")
+            return refusal(status, "this text holds something forbidden")
         return None
 
     server.misbehave = misbehave
@@ -107,16 +105,16 @@ def test_one_poisonous_text_is_one_row(provider, status, server, helpers, tmp_pa
     assert [i for i, vector in enumerate(stored["vector"].to_pylist()) if vector is None] == [137]
     good = [text for text in texts if text != "poison"]
     vectors = [vector for vector in stored["vector"].to_pylist() if vector is not None]
-    np.testing.assert_array_equal(np.float32(vectors), wanted(provider, good, helpers))
+    np.testing.assert_array_equal(np.float32(vectors), wanted(provider, good))
 
     table.add(rows, on_bad_vectors="drop")
     assert table.count_rows() == 200 + 199
     assert table.count_rows("text = 'poison'") == 1
 
 
-def test_several_poisonous_texts_in_several_requests(server, helpers):
+def test_several_poisonous_texts_in_several_requests(server):
     server.misbehave = lambda asked, number: (
-        helpers.refusal(400, f"no {asked.texts[0]}")
+        refusal(400, f"no {asked.texts[0]}")
         if any(text.startswith("bad") for text in asked.texts)
         else None
     )
@@ -125,18 +123,18 @@ def test_several_poisonous_texts_in_several_requests(server, helpers):
     made = make("openai", server.url, batch_size=10).compute_source_embeddings(texts)
     assert {i for i, vector in enumerate(made) if vector is None} == bad
     for i in set(range(100)) - bad:
-        np.testing.assert_array_equal(made[i], helpers.vector_of(texts[i], 8))
+        np.testing.assert_array_equal(made[i], vector_of(texts[i], 8))
 
 
 @pytest.mark.parametrize("provider", ["openai", "cohere"])
-def test_null_and_empty_texts_have_no_vector(provider, server, helpers, tmp_path):
+def test_null_and_empty_texts_have_no_vector(provider, server, tmp_path):
     table = table_of(make(provider, server.url), tmp_path)
     texts = ["one", None, "", "two"]
     table.add([{"id": i, "text": text} for i, text in enumerate(texts)])
     vectors = table.to_arrow().sort_by("id")["vector"].to_pylist()
     assert [vector is None for vector in vectors] == [False, True, True, False]
     np.testing.assert_array_equal(
-        np.float32([vectors[0], vectors[3]]), wanted(provider, ["one", "two"], helpers)
+        np.float32([vectors[0], vectors[3]]), wanted(provider, ["one", "two"])
     )
     assert server.texts == ["one", "two"]
     assert make(provider, server.url).compute_source_embeddings([None, ""]) == [None, None]
@@ -150,11 +148,11 @@ def test_texts_that_are_none_are_bad_rows(server):
     assert server.texts == ["fine"]
 
 
-def test_a_text_of_100_000_letters_goes_alone(server, helpers):
+def test_a_text_of_100_000_letters_goes_alone(server):
     """Whatever the server says of it: here that it is too long."""
     long = "word " * 20_000
     server.misbehave = lambda asked, number: (
-        helpers.refusal(400, "maximum context length is 8192 tokens", param="input")
+        refusal(400, "maximum context length is 8192 tokens", param="input")
         if long in asked.texts
         else None
     )
@@ -165,21 +163,21 @@ def test_a_text_of_100_000_letters_goes_alone(server, helpers):
     )
 
 
-def test_a_server_that_takes_fewer_texts_is_learned_once(server, helpers):
+def test_a_server_that_takes_fewer_texts_is_learned_once(server):
     server.misbehave = lambda asked, number: (
-        helpers.refusal(413, "batch size is at most 32") if len(asked.texts) > 32 else None
+        refusal(413, "batch size is at most 32") if len(asked.texts) > 32 else None
     )
     function = make("openai", server.url, max_concurrent_requests=1)
     texts = [f"text {i}" for i in range(300)]
     made = function.compute_source_embeddings(texts)
-    np.testing.assert_array_equal(np.stack(made), wanted("openai", texts, helpers))
+    np.testing.assert_array_equal(np.stack(made), wanted("openai", texts))
     refused = sum(len(asked.texts) > 32 for asked in server.asked)
     function.compute_source_embeddings(texts)
     assert sum(len(asked.texts) > 32 for asked in server.asked) == refused
     assert 0 < refused < 20
 
 
-def test_limits_of_a_request(server, helpers):
+def test_limits_of_a_request(server):
     function = make("cohere", server.url)
     texts = [f"text {i}" for i in range(500)]
     function.compute_source_embeddings(texts)
@@ -196,7 +194,7 @@ def test_limits_of_a_request(server, helpers):
     assert [len(asked.texts) for asked in server.asked] == [2048, 2048, 904]
 
 
-def test_a_query_is_one_request_in_this_thread(server, helpers, tmp_path):
+def test_a_query_is_one_request_in_this_thread(server, tmp_path):
     table = table_of(make("openai", server.url), tmp_path)
     table.add([{"id": 1, "text": "one"}])
     server.asked.clear()
@@ -210,15 +208,15 @@ def test_a_query_is_one_request_in_this_thread(server, helpers, tmp_path):
     assert threading.active_count() <= before + 1
 
 
-def test_a_query_that_the_server_refuses(server, helpers):
+def test_a_query_that_the_server_refuses(server):
     server.misbehave = lambda asked, number: (
-        helpers.refusal(400, "too long") if "bad" in asked.texts else None
+        refusal(400, "too long") if "bad" in asked.texts else None
     )
     with pytest.raises(BadInputError, match=r"Query 0 cannot be .*HTTP 400.: too long"):
         make("openai", server.url).compute_query_embeddings("bad")
 
 
-def test_cohere_is_told_the_side(server, helpers):
+def test_cohere_is_told_the_side(server):
     function = make("cohere", server.url, source_input_type="clustering")
     function.compute_source_embeddings(["a"])
     function.compute_query_embeddings("a")
@@ -258,16 +256,16 @@ def test_a_model_of_ones_own_is_asked_for_the_length_if_its_own_differs(server):
     assert [asked.body.get("dimensions") for asked in server.asked] == [None, 5, 5]
 
 
-def test_a_server_without_base64(server, helpers):
+def test_a_server_without_base64(server):
     server.lists = True  # ignores the wish
     made = make("openai", server.url).compute_source_embeddings(["a"])
-    np.testing.assert_array_equal(made[0], helpers.vector_of("a", 8))
+    np.testing.assert_array_equal(made[0], vector_of("a", 8))
     server.misbehave = lambda asked, number: (
-        helpers.refusal(400, "unknown encoding_format") if "base64" in str(asked.body) else None
+        refusal(400, "unknown encoding_format") if "base64" in str(asked.body) else None
     )
     function = make("openai", server.url)
     for text in ("b", "c"):
         made = function.compute_source_embeddings([text])
-        np.testing.assert_array_equal(made[0], helpers.vector_of(text, 8))
+        np.testing.assert_array_equal(made[0], vector_of(text, 8))
     formats = [asked.body["encoding_format"] for asked in server.asked]
     assert formats == ["base64", "base64", "float", "float"]
