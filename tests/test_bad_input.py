@@ -301,7 +301,7 @@ def test_an_empty_table_has_no_rows_and_all_columns(db: LanceDBConnection, query
         ("a number", "must return a list of vectors, got a int"),
         ("a generator", "must return a list of vectors, got a list_iterator"),
         ("flat", "returned 1.0 for item 0"),
-        ("deep", "a vector of 1 numbers for item 0; the column wants 3"),
+        ("deep", "returned lists within the vector of item 0"),
         ("complex", "for item 0 that holds"),
         ("long", "a vector of 4 numbers for item 1; the column wants 3"),
         ("short", "a vector of 2 numbers for item 1; the column wants 3"),
