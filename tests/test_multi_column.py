@@ -24,6 +24,7 @@ from multi_model import METRICS, distance, nearest, ragged, some_documents
 from gpu_lance.errors import BadVectorError, IndexBackendError, QueryError, SchemaError
 from gpu_lance.index import MultiColumnIndex
 from gpu_lance.index import multi_follow as follow_module
+from gpu_lance.index import multi_read as read_module
 from gpu_lance.index.budget import Budget
 from gpu_lance.index.multi_read import expected_vectors, read_documents
 from gpu_lance.index.multi_store import MultiStore
@@ -377,7 +378,11 @@ def test_rows_without_room_are_the_reason_of_a_rebuild(path: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_reads_what_lance_holds(dtype: Any, path: str) -> None:
+@pytest.mark.parametrize("remote", [False, True])
+def test_reads_what_lance_holds(
+    remote: bool, dtype: Any, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read_module, "is_remote", lambda uri: remote)
     broken = pa.array(
         [[[1.0] * D, None], [[1.0] * (D - 1) + [None]], [[2.0] * D], None, []],
         pa.list_(pa.list_(pa.float64(), D)),
@@ -408,12 +413,16 @@ def test_reads_what_lance_holds(dtype: Any, path: str) -> None:
     ids = {row["id"]: row["_rowid"] for row in table}
     np.testing.assert_equal(read(), want)
     some = [ids[i] for i in (70, 3, 501, 3)]
-    few = read(row_ids=np.array([*some, 10_000]))
-    np.testing.assert_equal(few, {row_id: want[row_id] for row_id in some})
+    most = [row_id for row_id in want if row_id % 10]  # picked out of a scan
+    for chosen in (some, most):
+        few = read(row_ids=np.array([*chosen, 10_000]))
+        np.testing.assert_equal(few, {row_id: want[row_id] for row_id in chosen})
     np.testing.assert_equal(read(since=2), {ids[i]: want[ids[i]] for i in range(500, 505)})
     assert read(where="id < 3").keys() == {ids[i] for i in range(3)}
     with pytest.raises(QueryError, match="nope"):
         read(where="nope = 1")
+    with pytest.raises(QueryError, match="Give one of"):
+        read(where="id < 3", row_ids=np.array(some))
     with MultiColumnIndex("vectors", D, CPU) as index:
         got = index.search(
             dataset, torch.ones(1, D), np.array([0, 1]), 99, Metric.L2, where="id >= 500"

@@ -14,7 +14,7 @@ from gpu_lance.errors import SchemaError
 from gpu_lance.index.ragged import bounds_of
 from gpu_lance.index.read import (
     BLOCK_BYTES,
-    ROW_ID,
+    are_vectors,
     condition_for,
     fields_below,
     known_ids,
@@ -23,6 +23,7 @@ from gpu_lance.index.read import (
     names_of,
     read_batches,
     take_batches,
+    type_of,
 )
 from gpu_lance.index.sync import Mark, matching_row_ids
 from gpu_lance.storage import is_remote
@@ -87,19 +88,14 @@ def read_documents(
     whole = dataset.count_rows()
     row_bytes = max(1, expected_vectors(dataset, column, ndims) * ndims * width // max(1, whole))
     rows = min(MOST_ROWS, max(1, BLOCK_BYTES // row_bytes))
-    batches: Iterator[pa.RecordBatch] | None
     if is_remote(str(dataset.uri)):  # a scan reads ahead
         batches = read_batches(
             dataset, column, rows, row_bytes,
             since=since, inserted_only=inserted_only, row_ids=row_ids, where=where,
         )  # fmt: skip
-        if batches is None:
-            everything = read_batches(dataset, column, rows, row_bytes)
-            assert everything is not None
-            batches = _picked(everything, known_ids(row_ids))
     else:  # by their ids rows are there two to four times as fast as by a scan
+        condition = condition_for(dataset, since, inserted_only, row_ids, where)
         if row_ids is None:
-            condition = condition_for(dataset, since, inserted_only, where)
             row_ids = matching_row_ids(dataset, condition)
         batches = take_batches(dataset, known_ids(row_ids), rows, names_for(dataset, column))
     return (_documents(batch, column, ndims, width) for batch in batches)
@@ -113,24 +109,14 @@ def check_multi_column(dataset: lance.LanceDataset, column: str, ndims: int) -> 
     SchemaError
         Unless the column is a list of fixed-size lists of `ndims` floats.
     """
-    if column not in dataset.schema.names:
-        raise SchemaError(
-            f"The table has no column {column!r}; it has {', '.join(dataset.schema.names)}."
-        )
-    kind = dataset.schema.field(column).type
+    kind = type_of(dataset, column)
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    vector = kind.value_type if is_list else None
-    if not (
-        vector is not None
-        and pa.types.is_fixed_size_list(vector)
-        and pa.types.is_floating(vector.value_type)
-        and vector.list_size == ndims
-    ):
+    if not (is_list and are_vectors(kind.value_type, ndims)):
         raise SchemaError(
             f"Column {column!r} has type {kind}; the index wants a list of fixed-size lists of "
             f"{ndims} floats."
         )
-    return int(vector.value_type.bit_width) // 8
+    return int(kind.value_type.value_type.bit_width) // 8
 
 
 def expected_vectors(dataset: lance.LanceDataset, column: str, ndims: int) -> int:
@@ -160,18 +146,6 @@ def counted_vectors(dataset: lance.LanceDataset, column: str, ndims: int) -> tup
         total += int(block.offsets[-1])
         longest = max(longest, int(np.diff(block.offsets).max()))
     return total, longest
-
-
-def _picked(batches: Iterator[pa.RecordBatch], wanted: np.ndarray) -> Iterator[pa.RecordBatch]:
-    for batch in batches:
-        ids = batch[ROW_ID].to_numpy(zero_copy_only=False).view(np.int64)
-        place = np.searchsorted(wanted, ids)
-        place[place == len(wanted)] = 0
-        kept = wanted[place] == ids
-        if kept.all():
-            yield batch
-        elif kept.any():
-            yield batch.filter(pa.array(kept))
 
 
 def _documents(batch: pa.RecordBatch, column: str, ndims: int, width: int) -> Documents:

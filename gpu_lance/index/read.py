@@ -108,12 +108,10 @@ def read_blocks(
         dataset, column, rows, ndims * width,
         since=since, inserted_only=inserted_only, row_ids=row_ids, where=where,
     )  # fmt: skip
-    if found is not None:
-        return (_block(batch, column, ndims, width) for batch in found)
-    return _picked(read_blocks(dataset, column, ndims), known_ids(row_ids))
+    return (_block(batch, column, ndims, width) for batch in found)
 
 
-def known_ids(row_ids: np.ndarray | None) -> np.ndarray:
+def known_ids(row_ids: np.ndarray) -> np.ndarray:
     """The ids, each once, ascending, without those that no row can have."""
     wanted = np.unique(np.asarray(row_ids, np.int64))
     return wanted[wanted >= 0]
@@ -125,9 +123,15 @@ def names_for(dataset: lance.LanceDataset, column: str) -> list[str]:
 
 
 def condition_for(
-    dataset: lance.LanceDataset, since: int | None, inserted_only: bool, where: str | None
+    dataset: lance.LanceDataset,
+    since: int | None,
+    inserted_only: bool,
+    row_ids: np.ndarray | None,
+    where: str | None,
 ) -> str | None:
-    """The condition for what :func:`read_blocks` is to read."""
+    """The condition for what :func:`read_blocks` is to read; None for `row_ids`, and for all."""
+    if sum(choice is not None for choice in (since, row_ids, where)) > 1:
+        raise QueryError("Give one of since, row_ids and where, or none of them.")
     if since is None:
         return where
     if not dataset.has_stable_row_ids:
@@ -148,7 +152,7 @@ def read_batches(
     inserted_only: bool = False,
     row_ids: np.ndarray | None = None,
     where: str | None = None,
-) -> Iterator[pa.RecordBatch] | None:
+) -> Iterator[pa.RecordBatch]:
     """The batches that :func:`read_blocks` is made of, none of them empty.
 
     Parameters
@@ -157,24 +161,16 @@ def read_batches(
         In a batch, at most.
     row_bytes : int
         About what a value of the column takes.
-
-    Returns
-    -------
-    iterator of pyarrow.RecordBatch or None
-        None where `row_ids` are picked out of a scan of all rows with less effort.
     """
-    if sum(choice is not None for choice in (since, row_ids, where)) > 1:
-        raise QueryError("Give one of since, row_ids and where, or none of them.")
-    condition = condition_for(dataset, since, inserted_only, where)
+    condition = condition_for(dataset, since, inserted_only, row_ids, where)
     names = names_for(dataset, column)
     whole = dataset.count_rows()
-    if row_ids is not None:
-        wanted = known_ids(row_ids)
+    wanted = None if row_ids is None else known_ids(row_ids)
+    if wanted is not None:
         if not len(wanted):
             return iter(())
         if _looked_up(wanted, whole, row_bytes):
             return take_batches(dataset, wanted, rows, names)
-        return None
     scan = functools.partial(
         dataset.to_batches,
         columns=names,
@@ -188,6 +184,8 @@ def read_batches(
     if whole * row_bytes >= WORTH_BYTES and not _in_memory(dataset):
         np.empty(LARGEST_KEPT_BYTES, np.uint8)  # freed at once and never touched: see above
     batches = batches_of(scan) if where is None else _asked(scan)
+    if wanted is not None:
+        batches = (_picked(batch, wanted) for batch in batches)
     return (batch for batch in batches if batch.num_rows)
 
 
@@ -203,21 +201,31 @@ def check_column(dataset: lance.LanceDataset, column: str, ndims: int) -> int:
     SchemaError
         Unless the column is a fixed-size list of `ndims` floats.
     """
-    if column not in dataset.schema.names:
-        raise SchemaError(
-            f"The table has no column {column!r}; it has {', '.join(dataset.schema.names)}."
-        )
-    kind = dataset.schema.field(column).type
-    if not (
-        pa.types.is_fixed_size_list(kind)
-        and pa.types.is_floating(kind.value_type)
-        and kind.list_size == ndims
-    ):
+    kind = type_of(dataset, column)
+    if not are_vectors(kind, ndims):
         raise SchemaError(
             f"Column {column!r} has type {kind}; the index wants a fixed-size list of {ndims} "
             "floats."
         )
     return int(kind.value_type.bit_width) // 8
+
+
+def type_of(dataset: lance.LanceDataset, column: str) -> pa.DataType:
+    """A column's type; SchemaError if the table has no such column."""
+    if column not in dataset.schema.names:
+        raise SchemaError(
+            f"The table has no column {column!r}; it has {', '.join(dataset.schema.names)}."
+        )
+    return dataset.schema.field(column).type
+
+
+def are_vectors(kind: pa.DataType, ndims: int) -> bool:
+    """Whether values of a type are vectors of that length."""
+    return bool(
+        pa.types.is_fixed_size_list(kind)
+        and pa.types.is_floating(kind.value_type)
+        and kind.list_size == ndims
+    )
 
 
 def fields_below(dataset: lance.LanceDataset, field_id: int) -> set[int]:
@@ -257,18 +265,13 @@ def take_batches(
     return (batch for batch in batches_of(scan) if batch.num_rows)
 
 
-def _picked(blocks: Iterator[Block], wanted: np.ndarray) -> Iterator[Block]:
-    for block in blocks:
-        place = np.searchsorted(wanted, block.row_ids)
-        place[place == len(wanted)] = 0
-        kept = np.flatnonzero(wanted[place] == block.row_ids)
-        if len(kept) == len(block.row_ids):
-            yield block
-        elif len(kept):
-            valid = None if block.valid is None else block.valid[kept]
-            if valid is not None and valid.all():
-                valid = None
-            yield Block(block.vectors[kept], block.row_ids[kept], block.updated[kept], valid)
+def _picked(batch: pa.RecordBatch, wanted: np.ndarray) -> pa.RecordBatch:
+    """The rows whose ids are `wanted`, ascending."""
+    row_ids = _int64(batch[ROW_ID])
+    place = np.searchsorted(wanted, row_ids)
+    place[place == len(wanted)] = 0
+    kept = wanted[place] == row_ids
+    return batch if kept.all() else batch.filter(pa.array(kept))
 
 
 class _Memory:
