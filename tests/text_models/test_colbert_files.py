@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -17,19 +16,10 @@ from gpu_lance.embeddings.colbert import ColbertEmbeddings
 from gpu_lance.errors import EmbeddingError, UntrustedModelError
 from gpu_lance.types import Side
 
-sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this file
+sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside this file
 import colbert_checkpoints as made
 from colbert_checkpoints import ID, TEXTS, cosines
-
-
-class Bomb:
-    """What a pickle can do: write a file when it is read."""
-
-    def __init__(self, sentinel: Path) -> None:
-        self.sentinel = sentinel
-
-    def __reduce__(self) -> Any:
-        return (Path.touch, (self.sentinel,))
+from strangers import Bomb, edit, plant
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +39,6 @@ def folder(tmp_path: Path, originals: dict[str, Path]) -> Path:
 def saved(tmp_path: Path, originals: dict[str, Path]) -> Path:
     """A copy of the library's format, to break."""
     return Path(shutil.copytree(originals["saved"], tmp_path / "saved"))
-
-
-def edit(path: Path, **changes: Any) -> None:
-    content = json.loads(path.read_text())
-    content.update(changes)
-    path.write_text(json.dumps({key: v for key, v in content.items() if v is not ...}))
 
 
 def edit_weights(folder: Path, drop: str) -> None:
@@ -153,12 +137,7 @@ def test_the_pooling_layer_may_be_missing(folder, originals):
 @pytest.mark.parametrize("ask", ["ndims", "embed"])
 def test_code_in_a_pickle_does_not_run(folder, tmp_path, wrapped, ask):
     sentinel = tmp_path / "ran"
-    (folder / "model.safetensors").unlink()
-    bomb = {"linear.weight": torch.zeros(16, 32), "bert.x": Bomb(sentinel)}
-    if wrapped:
-        torch.save(bomb, folder / "pytorch_model.bin")
-    else:
-        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(bomb, protocol=2))
+    plant(folder, {"linear.weight": torch.zeros(16, 32), "bert.x": Bomb(sentinel)}, wrapped)
     with pytest.raises(UntrustedModelError, match="a pickle that holds more than tensors"):
         create(folder).ndims() if ask == "ndims" else embed(folder)
     assert not sentinel.exists()

@@ -5,41 +5,32 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from gpu_lance.embeddings import get_registry
+from gpu_lance.embeddings.huggingface import TransformersEmbeddingFunction
 from gpu_lance.embeddings.sentence_transformers import SentenceTransformerEmbeddings
 from gpu_lance.errors import EmbeddingError, ModelNotFoundError, UntrustedModelError
 
-SOURCE = """
-from pathlib import Path
-Path({sentinel!r}).write_text("ran")
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-class Config(BertConfig):
-    model_type = "mine"
-class Model(BertModel):
-    config_class = Config
-class Tokenizer(PreTrainedTokenizerFast):
-    pass
-from sentence_transformers.sentence_transformer.modules import Pooling
-class Mine(Pooling):
-    pass
-"""
+sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this file
+from strangers import SOURCE, Bomb, edit, plant
+
+PROVIDERS = {
+    "huggingface": TransformersEmbeddingFunction,
+    "sentence-transformers": SentenceTransformerEmbeddings,
+}
+BOTH = pytest.mark.parametrize("provider", list(PROVIDERS))
 
 
-class Bomb:
-    """What a pickle can do: write a file when it is read."""
-
-    def __init__(self, sentinel: Path) -> None:
-        self.sentinel = sentinel
-
-    def __reduce__(self) -> Any:
-        return (Path.touch, (self.sentinel,))
+@pytest.fixture
+def provider() -> str:
+    """Of a test that is about one of them."""
+    return "sentence-transformers"
 
 
 @pytest.fixture
@@ -48,23 +39,29 @@ def sentinel(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, checkpoints: Any, sentinel: Path) -> Path:
-    """A good model beside code that is not asked for."""
+def good(provider: str, checkpoints: Any) -> Path:
+    """A model of that provider."""
+    if provider == "huggingface":
+        return checkpoints.transformer("bert")
+    return checkpoints.sentence(dense=16)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, good: Path, sentinel: Path) -> Path:
+    """A copy of it beside code that is not asked for."""
     copy = tmp_path / "model"
-    shutil.copytree(checkpoints.sentence(dense=16), copy)
+    shutil.copytree(good, copy)
     (copy / "mine.py").write_text(SOURCE.format(sentinel=str(sentinel)))
     return copy
 
 
-def edit(path: Path, **changes: Any) -> None:
-    content = json.loads(path.read_text())
-    content.update(changes)
-    path.write_text(json.dumps(content))
+@pytest.fixture
+def embed(provider: str) -> Any:
+    def embed(folder: Path, **options: Any) -> np.ndarray:
+        function = PROVIDERS[provider].create(name=str(folder), device="cpu", **options)
+        return np.stack(function.compute_source_embeddings(["the quick fox", "rows"]))
 
-
-def embed(folder: Path, **options: Any) -> np.ndarray:
-    function = SentenceTransformerEmbeddings.create(name=str(folder), device="cpu", **options)
-    return np.stack(function.compute_source_embeddings(["the quick fox", "rows"]))
+    return embed
 
 
 def custom_model(folder: Path) -> None:
@@ -90,32 +87,40 @@ def custom_tokenizer(folder: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("change", [custom_model, custom_module], ids=lambda f: f.__name__)
-def test_a_model_with_its_own_code_is_refused_and_the_code_does_not_run(folder, sentinel, change):
+def cases(both: list[Any], sentences: list[Any]) -> Any:
+    """Cases of both providers, and those that only a folder of modules has."""
+    found = [(provider, case) for case in both for provider in PROVIDERS]
+    return [*found, *(("sentence-transformers", case) for case in sentences)]
+
+
+@pytest.mark.parametrize(("provider", "change"), cases([custom_model], [custom_module]))
+def test_a_model_with_its_own_code_is_refused_and_the_code_does_not_run(
+    embed, folder, good, sentinel, change
+):
     change(folder)
     with pytest.raises(UntrustedModelError, match=r"(?s)model.*Read that code.*trust_remote_code"):
         embed(folder)
     assert not sentinel.exists()
     # the sentinel can be written: the code runs for whoever allows it
-    assert embed(folder, trust_remote_code=True).shape == (2, 16)
+    made = embed(folder, trust_remote_code=True)
     assert sentinel.exists()
+    np.testing.assert_allclose(made, embed(good), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "change", [custom_model_of_a_known_type, custom_tokenizer], ids=lambda f: f.__name__
-)
-def test_code_that_is_not_needed_does_not_run(folder, sentinel, change, checkpoints):
+@BOTH
+@pytest.mark.parametrize("change", [custom_model_of_a_known_type, custom_tokenizer])
+def test_code_that_is_not_needed_does_not_run(embed, folder, good, sentinel, change):
     change(folder)
     try:
         made = embed(folder)
     except UntrustedModelError:
         pass
     else:
-        np.testing.assert_allclose(made, embed(checkpoints.sentence(dense=16)), atol=1e-5)
+        np.testing.assert_allclose(made, embed(good), atol=1e-5)
     assert not sentinel.exists()
 
 
-def test_code_in_an_activation_function_does_not_run(folder, sentinel):
+def test_code_in_an_activation_function_does_not_run(embed, folder, sentinel):
     edit(folder / "2_Dense" / "config.json", activation_function="mine.Model")
     with pytest.raises(UntrustedModelError, match="activation function 'mine.Model'"):
         embed(folder)
@@ -125,39 +130,28 @@ def test_code_in_an_activation_function_does_not_run(folder, sentinel):
     assert not sentinel.exists()
 
 
-def test_a_table_cannot_switch_on_a_models_code(folder, sentinel):
-    custom_module(folder)
-    function = SentenceTransformerEmbeddings.create(name=str(folder), trust_remote_code=True)
-    assert "trust_remote_code" not in function.safe_model_dump()
+@BOTH
+def test_a_table_cannot_switch_on_a_models_code(folder, provider):
+    function = PROVIDERS[provider].create(name=str(folder), trust_remote_code=True)
+    assert function.safe_model_dump() == {"name": str(folder)}
 
 
 # -- pickles
 
 
-def as_pickle(folder: Path, content: Any) -> None:
-    """Replace the transformer's weights by a pickle."""
-    (folder / "model.safetensors").unlink()
-    torch.save(content, folder / "pytorch_model.bin")
-
-
-def test_weights_in_a_pickle_are_read_without_running_it(folder, checkpoints):
+@BOTH
+def test_weights_in_a_pickle_are_read_without_running_it(embed, folder, good):
     from safetensors.torch import load_file
 
-    as_pickle(folder, load_file(folder / "model.safetensors"))
-    wanted = embed(checkpoints.sentence(dense=16))
-    np.testing.assert_allclose(embed(folder), wanted, atol=1e-6)
+    plant(folder, load_file(folder / "model.safetensors"))
+    np.testing.assert_allclose(embed(folder), embed(good), atol=1e-6)
 
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["torch", "bare"])
-@pytest.mark.parametrize("where", ["transformer", "dense"])
-def test_code_in_a_pickle_does_not_run(folder, sentinel, where, wrapped):
+@pytest.mark.parametrize(("provider", "place"), cases(["."], ["2_Dense"]))
+def test_code_in_a_pickle_does_not_run(embed, folder, sentinel, place, wrapped):
     bomb = {"weight": Bomb(sentinel)}
-    place = folder if where == "transformer" else folder / "2_Dense"
-    (place / "model.safetensors").unlink()
-    if wrapped:
-        torch.save(bomb, place / "pytorch_model.bin")
-    else:
-        (place / "pytorch_model.bin").write_bytes(pickle.dumps(bomb, protocol=2))
+    plant(folder / place, bomb, wrapped)
     with pytest.raises(UntrustedModelError, match="a pickle that holds more than tensors"):
         embed(folder)
     assert not sentinel.exists()
@@ -169,36 +163,44 @@ def test_code_in_a_pickle_does_not_run(folder, sentinel, where, wrapped):
 
 
 @pytest.mark.parametrize(
-    "name", ["modules.json", "config.json", "sentence_bert_config.json", "1_Pooling/config.json"]
+    ("provider", "name"),
+    [
+        *cases(["config.json"], ["modules.json", "sentence_bert_config.json"]),
+        ("sentence-transformers", "1_Pooling/config.json"),
+        ("huggingface", "tokenizer_config.json"),
+    ],
 )
 @pytest.mark.parametrize("content", ['{"half', '"a string"', "\xff\xfe"], ids=["half", "str", "b"])
-def test_a_broken_configuration_is_named(folder, name, content):
+def test_a_broken_configuration_is_named(embed, folder, name, content):
     (folder / name).write_bytes(content.encode("latin-1"))
     with pytest.raises((EmbeddingError, ModelNotFoundError), match=name.rpartition("/")[2]):
         embed(folder)
 
 
-def test_half_a_download_is_not_a_model(folder):
+@BOTH
+def test_half_a_download_is_not_a_model(embed, folder):
     for file in folder.rglob("*.safetensors"):
         file.unlink()
     with pytest.raises(ModelNotFoundError, match="has no weights"):
         embed(folder)
 
 
+@BOTH
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
-def test_a_broken_file_is_an_error_that_names_the_model(folder, name):
+def test_a_broken_file_is_an_error_that_names_the_model(embed, folder, name):
     (folder / name).write_bytes((folder / name).read_bytes()[:300])
     with pytest.raises(EmbeddingError, match=r"(?s)model .*cannot be loaded"):
         embed(folder)
 
 
-def test_weights_of_another_shape_are_an_error_that_names_the_model(folder):
+@BOTH
+def test_weights_of_another_shape_are_an_error_that_names_the_model(embed, folder):
     edit(folder / "config.json", hidden_size=64)
     with pytest.raises(EmbeddingError, match=r"(?s)model .*cannot be loaded"):
         embed(folder)
 
 
-def test_a_tokenizer_of_another_model_is_an_error(folder):
+def test_a_tokenizer_of_another_model_is_an_error(embed, folder):
     content = json.loads((folder / "tokenizer.json").read_text())
     content["model"]["vocab"]["zebra"] = 5000
     (folder / "tokenizer.json").write_text(json.dumps(content))
