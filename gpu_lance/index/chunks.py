@@ -153,6 +153,10 @@ class ChunkStore(ABC, Generic[Sn]):
         self._open(needed)
         return len(self._chunks) - 1
 
+    @abstractmethod
+    def add_block(self, block: Any) -> None:
+        """Add the rows of a block that was read from Lance."""
+
     def _fill(
         self,
         at: int,

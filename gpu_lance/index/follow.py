@@ -17,7 +17,7 @@ from gpu_lance.device import is_out_of_memory, release_cache
 from gpu_lance.errors import IndexBackendError
 from gpu_lance.index.chunks import ChunkStore, DoesNotNarrowError, NoRoomError
 from gpu_lance.index.plan import Home, Plan, Step, plan
-from gpu_lance.index.read import check_column, read_blocks
+from gpu_lance.index.read import Block, check_column, read_blocks
 from gpu_lance.index.snapshot import Snapshot
 from gpu_lance.index.store import ResidentStore
 from gpu_lance.index.sync import Changes, Difference, Held, Mark, changes, difference
@@ -126,8 +126,8 @@ class Following(ABC, Generic[Sn]):
         """An empty store."""
 
     @abstractmethod
-    def _take(self, dataset: lance.LanceDataset, **which: Any) -> Iterator[np.ndarray]:
-        """Add some of the column's rows to the store; gives their row ids, block by block."""
+    def _blocks(self, dataset: lance.LanceDataset, **which: Any) -> Iterator[Block]:
+        """The column's rows, or some of them."""
 
     # ------------------------------------------------------------------ searching
 
@@ -222,8 +222,9 @@ class Following(ABC, Generic[Sn]):
         """Take in rows that are new, or newer than what is held of them."""
         assert self._store is not None
         before, seen = len(self._store.slots), []
-        for row_ids in self._take(dataset, **which):
-            seen += [row_ids.copy()] if before else []
+        for block in self._blocks(dataset, **which):
+            self._store.add_block(block)
+            seen += [block.row_ids.copy()] if before else []
         if seen:  # a vector that became null leaves its row too
             self._store.remove(np.concatenate(seen), before)
 
@@ -401,11 +402,8 @@ class Follower(Following[Snapshot]):
     def _make(self, dtype: torch.dtype, **how: Any) -> ResidentStore:
         return ResidentStore(self.ndims, dtype, self.device, **how)
 
-    def _take(self, dataset: lance.LanceDataset, **which: Any) -> Iterator[np.ndarray]:
-        assert isinstance(self._store, ResidentStore)
-        for block in read_blocks(dataset, self.column, self.ndims, **which):
-            self._store.add(block.vectors, block.row_ids, block.updated, block.valid)
-            yield block.row_ids
+    def _blocks(self, dataset: lance.LanceDataset, **which: Any) -> Iterator[Block]:
+        return read_blocks(dataset, self.column, self.ndims, **which)
 
     def append(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,10 +14,10 @@ from gpu_lance.index.column import FollowingIndex
 from gpu_lance.index.multi_follow import MultiFollower
 from gpu_lance.index.multi_read import read_documents
 from gpu_lance.index.multi_search import MultiSearch, checked
-from gpu_lance.index.multi_store import MultiSnapshot
-from gpu_lance.index.multi_stream import lookup, pieces
+from gpu_lance.index.multi_store import MultiSnapshot, MultiStore
+from gpu_lance.index.multi_stream import lookup, stored
 from gpu_lance.index.snapshot import Mask
-from gpu_lance.index.stream import merged
+from gpu_lance.index.stream import merged, pieces
 from gpu_lance.index.sync import Mark
 from gpu_lance.index.worker import Worker
 from gpu_lance.types import Metric
@@ -128,26 +128,32 @@ class MultiColumnIndex(FollowingIndex[MultiSnapshot]):
             return found.padded(k) if pad else found
         allowed = None if where is None else self._allowed(dataset, mark, snapshot, where)
         qualify = self._scanned = snapshot.num_live if allowed is None else allowed.count
-        stored = None
+        values = None
         if snapshot.dtype.itemsize < self._follower.dtype(dataset).itemsize:
-            stored = lookup(dataset, self.column, snapshot)
-        found = run(MultiSearch(snapshot, metric, stored), min(k, max(1, qualify)), allowed)
+            values = lookup(dataset, self.column, snapshot)
+        found = run(MultiSearch(snapshot, metric, values), min(k, max(1, qualify)), allowed)
         return found.padded(k) if pad else found
 
     def _streamed(
         self,
         dataset: lance.LanceDataset,
-        run: Any,
+        run: Callable[[MultiSearch, int], SearchResult],
         m: int,
         k: int,
         metric: Metric,
         where: str | None,
     ) -> SearchResult:
+        def make(dtype: torch.dtype) -> MultiStore:
+            return MultiStore(self.ndims, dtype, self.device)
+
         def parts() -> Iterator[tuple[int, SearchResult]]:
             blocks = read_documents(dataset, self.column, self.ndims, where=where)
-            for snapshot, stored in pieces(blocks, self.ndims, self.device):
-                rows = snapshot.num_live
-                yield rows, run(MultiSearch(snapshot, metric, stored), min(k, max(1, rows)))
+            for snapshot, wide in pieces(blocks, make):
+                rows, search = (
+                    snapshot.num_live,
+                    MultiSearch(snapshot, metric, stored(snapshot, wide)),
+                )
+                yield rows, run(search, min(k, max(1, rows)))
 
         result, self._scanned = merged(parts(), m, k)
         return result

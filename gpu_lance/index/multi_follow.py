@@ -10,6 +10,7 @@ import numpy as np
 from gpu_lance.index.chunks import CHUNK_BYTES, ChunkStore
 from gpu_lance.index.follow import Following
 from gpu_lance.index.multi_read import (
+    Documents,
     check_multi_column,
     counted_vectors,
     expected_vectors,
@@ -46,11 +47,8 @@ class MultiFollower(Following[MultiSnapshot]):
     def _make(self, dtype: torch.dtype, **how: Any) -> MultiStore:
         return MultiStore(self.ndims, dtype, self.device, **how)
 
-    def _take(self, dataset: lance.LanceDataset, **which: Any) -> Iterator[np.ndarray]:
-        assert isinstance(self._store, MultiStore)
-        for block in read_documents(dataset, self.column, self.ndims, **which):
-            self._store.add(block.vectors, block.offsets, block.row_ids, block.updated, block.valid)
-            yield block.row_ids
+    def _blocks(self, dataset: lance.LanceDataset, **which: Any) -> Iterator[Documents]:
+        return read_documents(dataset, self.column, self.ndims, **which)
 
     def append(
         self,

@@ -14,6 +14,7 @@ from gpu_lance.errors import SchemaError
 from gpu_lance.index.ragged import bounds_of
 from gpu_lance.index.read import (
     BLOCK_BYTES,
+    Block,
     are_vectors,
     condition_for,
     fields_below,
@@ -32,29 +33,16 @@ MOST_ROWS = 8192  # of a block, however short documents are
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Some rows of a multivector column.
+class Documents(Block):
+    """Some rows of a multivector column: a block with vectors (t, d) of n documents.
 
     Parameters
     ----------
-    vectors : numpy.ndarray
-        (t, d) float16, float32 or float64, as stored: Lance's own memory where possible, so never
-        to be written to. What a document that is not valid holds is undefined.
     offsets : numpy.ndarray
         (n + 1,) int64 from 0 to t: document i has the vectors offsets[i] to offsets[i + 1].
-    row_ids : numpy.ndarray
-        (n,) int64.
-    updated : numpy.ndarray
-        (n,) int64, the version that last changed each row; 0 without stable row ids.
-    valid : numpy.ndarray or None
-        (n,) bool, False where the document, a vector or a value of it is null; None if none is.
     """
 
-    vectors: np.ndarray
     offsets: np.ndarray
-    row_ids: np.ndarray
-    updated: np.ndarray
-    valid: np.ndarray | None
 
 
 def read_documents(
@@ -163,4 +151,4 @@ def _documents(batch: pa.RecordBatch, column: str, ndims: int, width: int) -> Do
         broken = bounds_of(~whole)
         clean = broken[bounds[1:]] == broken[bounds[:-1]]
         valid = clean if valid is None else valid & clean
-    return Documents(vectors, bounds, *names_of(batch), valid)
+    return Documents(vectors, *names_of(batch), valid, bounds)

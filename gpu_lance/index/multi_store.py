@@ -17,6 +17,8 @@ from gpu_lance.optional import require
 if TYPE_CHECKING:
     import torch
 
+    from gpu_lance.index.multi_read import Documents
+
 EXTRAS = "cpu|cuda13|cuda12"
 
 
@@ -148,6 +150,10 @@ class MultiStore(ChunkStore[MultiSnapshot]):
                 )
                 first = stop
         self._published = None
+
+    def add_block(self, block: Documents) -> None:
+        """See :meth:`ChunkStore.add_block`."""
+        self.add(block.vectors, block.offsets, block.row_ids, block.updated, block.valid)
 
     def _current(self, bounds: np.ndarray, first: int) -> int:
         """The chunk that takes the document `first`; those before the last one used are closed."""

@@ -14,6 +14,8 @@ from gpu_lance.optional import require
 if TYPE_CHECKING:
     import torch
 
+    from gpu_lance.index.read import Block
+
 EXTRAS = "cpu|cuda13|cuda12"
 
 
@@ -91,6 +93,10 @@ class ResidentStore(ChunkStore[Snapshot]):
                 self._slots.add(new, changed)
                 vectors, ids, when = vectors[room:], ids[room:], when[room:]
         self._published = None
+
+    def add_block(self, block: Block) -> None:
+        """See :meth:`ChunkStore.add_block`."""
+        self.add(block.vectors, block.row_ids, block.updated, block.valid)
 
     def _current(self, rows: int) -> int:
         """The chunk that takes the next rows; a new one if all are full."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from gpu_lance.index.base import SearchResult, check_room
+from gpu_lance.index.chunks import ChunkStore
 from gpu_lance.index.exact import ExactSearch, checked
 from gpu_lance.index.read import Block, read_blocks
 from gpu_lance.index.rescore import NO_ROW, rank
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from gpu_lance.index.planner import Planner
     from gpu_lance.types import Metric
 
+Bl = TypeVar("Bl", bound=Block)
+Sn = TypeVar("Sn", bound=Snapshot)
 Stored = Callable[["torch.Tensor"], "torch.Tensor"]  # the stored vectors (n, d) of slots (n,)
 
 EXTRAS = "cpu|cuda13|cuda12"
@@ -42,19 +46,23 @@ def lookup(dataset: lance.LanceDataset, column: str, snapshot: Snapshot) -> Stor
     def stored(slots: torch.Tensor) -> torch.Tensor:
         wanted = snapshot.row_ids[slots.cpu().numpy()]
         blocks = read_blocks(dataset, column, snapshot.ndims, row_ids=wanted)
-        return _pick([(b.row_ids, b.vectors.copy()) for b in blocks], wanted)
+        return _picked([replace(b, vectors=b.vectors.copy()) for b in blocks], wanted)
 
     return stored
 
 
-def _pick(parts: list[tuple[np.ndarray, np.ndarray]], wanted: np.ndarray) -> torch.Tensor:
+def _picked(blocks: list[Block], wanted: np.ndarray) -> torch.Tensor:
     """The vectors, on the host, of those row ids."""
     torch = require("torch", extra=EXTRAS)
-    row_ids = np.concatenate([part[0] for part in parts])
-    vectors = np.concatenate([part[1] for part in parts])
+    vectors = np.concatenate([block.vectors for block in blocks])
+    return torch.from_numpy(vectors[places(blocks, wanted)])
+
+
+def places(blocks: Sequence[Block], wanted: np.ndarray) -> np.ndarray:
+    """Which rows of the blocks, one after the other, have those row ids."""
+    row_ids = np.concatenate([block.row_ids for block in blocks])
     order = np.argsort(row_ids)
-    places = order[np.searchsorted(row_ids, wanted, sorter=order)]
-    return torch.from_numpy(vectors[places])
+    return order[np.searchsorted(row_ids, wanted, sorter=order)]
 
 
 def stream(
@@ -91,8 +99,8 @@ def stream(
     queries = checked(queries, k, ndims, device)
 
     def found() -> Iterator[tuple[int, SearchResult]]:
-        for snapshot, stored in _pieces(blocks, ndims, device):
-            exact = ExactSearch(snapshot, metric, planner, stored)
+        for snapshot, wide in pieces(blocks, lambda dtype: ResidentStore(ndims, dtype, device)):
+            exact = ExactSearch(snapshot, metric, planner, _stored(snapshot, wide))
 
             def one(some: torch.Tensor, k: int, exact: ExactSearch = exact) -> SearchResult:
                 return exact.search(some, k, lower=lower, upper=upper)
@@ -101,6 +109,12 @@ def stream(
             yield rows, run(one, queries, min(k, max(1, rows)))
 
     return merged(found(), len(queries), k)
+
+
+def _stored(snapshot: Snapshot, wide: list[Block]) -> Stored | None:
+    if not wide:
+        return None
+    return lambda slots: _picked(wide, snapshot.row_ids[slots.cpu().numpy()])
 
 
 def merged(parts: Iterable[tuple[int, SearchResult]], m: int, k: int) -> tuple[SearchResult, int]:
@@ -129,37 +143,35 @@ def merged(parts: Iterable[tuple[int, SearchResult]], m: int, k: int) -> tuple[S
     return SearchResult(np.where(ids == NO_ROW, -1, ids), distances), rows
 
 
-def _pieces(
-    blocks: Iterable[Block], ndims: int, device: torch.device
-) -> Iterator[tuple[Snapshot, Stored | None]]:
-    """The rows in pieces of bounded size, and what gives their stored values if those are wider.
+def pieces(
+    blocks: Iterable[Bl], make: Callable[[torch.dtype], ChunkStore[Sn]]
+) -> Iterator[tuple[Sn, list[Bl]]]:
+    """The rows in pieces of bounded size, and their blocks if those hold wider values.
 
     A piece is there until the next one is asked for, which takes its place.
+
+    Parameters
+    ----------
+    blocks : iterable of Block
+    make : callable
+        Makes an empty store for vectors of a type.
     """
     torch = require("torch", extra=EXTRAS)
-    store: ResidentStore | None = None
-    wide: list[tuple[np.ndarray, np.ndarray]] = []
+    store: ChunkStore[Sn] | None = None
+    wide: list[Bl] = []
     seen = 0
-
-    def piece() -> tuple[Snapshot, Stored | None]:
-        assert store is not None
-        snapshot, parts = store.publish(), list(wide)
-        if not parts:
-            return snapshot, None
-        return snapshot, lambda slots: _pick(parts, snapshot.row_ids[slots.cpu().numpy()])
-
     for block in blocks:
-        n, size = len(block.row_ids), block.vectors.dtype.itemsize
+        (n, ndims), size = block.vectors.shape, block.vectors.dtype.itemsize
         if store is not None and (seen + n) * ndims * size > PIECE_BYTES:
-            yield piece()
+            yield store.publish(), wide
             store.reset()
             seen, wide = 0, []
         if store is None:
-            store = ResidentStore(ndims, torch.float16 if size == 2 else torch.float32, device)
+            store = make(torch.float16 if size == 2 else torch.float32)
             store.expect(max(n, PIECE_BYTES // (ndims * size)))
-        store.add(block.vectors, block.row_ids, block.updated, block.valid)
+        store.add_block(block)
         seen += n
         if size == 8:
-            wide.append((block.row_ids, block.vectors.copy()))
+            wide.append(replace(block, vectors=block.vectors.copy()))
     if store is not None:
-        yield piece()
+        yield store.publish(), wide
