@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gpu_lance.device import is_out_of_memory
+from gpu_lance.embeddings.locate import first_line
 from gpu_lance.errors import (
     EmbeddingError,
     GpuLanceError,
@@ -122,10 +123,9 @@ def load_errors(name: str) -> Iterator[None]:
                 f"The model {name!r} brings code of its own, which does not run unless you allow "
                 "it. Read that code first; then pass trust_remote_code=True."
             ) from error
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise EmbeddingError(
-            f"The model {name!r} cannot be loaded ({type(error).__name__}: {reason}). If its files "
-            "are damaged, get it again."
+            f"The model {name!r} cannot be loaded ({first_line(error)}). If its files are damaged, "
+            "get it again."
         ) from error
 
 
@@ -137,10 +137,9 @@ def forward_errors(name: str) -> Iterator[None]:
     except GpuLanceError:
         raise
     except _NOT_FOR_TEXT as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise EmbeddingError(
-            f"The model {name!r} cannot embed a text by itself ({type(error).__name__}: {reason}). "
-            "Use a text model that transformers' AutoModel runs."
+            f"The model {name!r} cannot embed a text by itself ({first_line(error)}). Use a text "
+            "model that transformers' AutoModel runs."
         ) from error
 
 

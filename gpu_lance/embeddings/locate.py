@@ -170,7 +170,7 @@ def _on_hub(repo: str, revision: str | None, searched: list[str]) -> Located | N
         # one question with a short time-out: a machine without a network must not hang
         info = hub.HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT)
     except Exception as error:  # every HTTP library has its own; all mean that there is no answer
-        searched.append(f"the hub gave no {repo!r} ({_first_line(error)})")
+        searched.append(f"the hub gave no {repo!r} ({first_line(error)})")
         return None
     names = [file.rfilename for file in info.siblings or []]
     skip = list(_NOT_NEEDED)
@@ -184,7 +184,7 @@ def _on_hub(repo: str, revision: str | None, searched: list[str]) -> Located | N
             )
         )
     except Exception as error:
-        searched.append(f"the download of {repo!r} failed ({_first_line(error)})")
+        searched.append(f"the download of {repo!r} failed ({first_line(error)})")
         return None
     return Located(folder, repo, folder.name, "hub")
 
@@ -262,6 +262,13 @@ def read_json(path: Path, kind: type[T]) -> T | None:
     return found
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the kind of an error and the first line of its message.
+
+    Examples
+    --------
+    >>> first_line(ValueError("no such file"))
+    'ValueError: no such file'
+    """
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -307,6 +307,8 @@ def test_the_fingerprint_says_what_decides_the_vectors(folders):
     for name, keys in changes.items():
         other = create(folders[name]).fingerprint()
         assert tuple(key for key in first if first[key] != other[key]) == ("model", *keys)
+    modules = create(folders["saved"]).fingerprint()["modules"]
+    assert modules == "Dense[Identity] Normalize"
     other = create(folders["stanford"], document_length=10).fingerprint()
     assert [key for key in first if first[key] != other[key]] == ["document_length"]
 
