@@ -75,7 +75,7 @@ class Prepared:
 
 
 class DeviceEmbeddingFunction(StagedFunction):
-    """Base of our providers: a CPU part and a device part; the rest is derived from them.
+    """Base of providers whose model runs here: a CPU part and a device part; the rest is derived.
 
     A provider implements :meth:`prepare_items`, :meth:`forward` and ``ndims``. This class owns the
     batches and their order, halving when memory runs out, null and bad items, normalisation, and

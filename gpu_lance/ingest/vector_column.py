@@ -145,10 +145,14 @@ def vector_columns(
     SchemaError
         If a function's column is missing or holds no vectors of floats.
     """
+    templates = {
+        name: parse(config.template)
+        for name, config in functions.items()
+        if config.template is not None
+    }
     for name, config in functions.items():
-        template = None if config.template is None else parse(config.template)
-        if template is not None:
-            check_template(template, schema, name)
+        if name in templates:
+            check_template(templates[name], schema, name)
         for column in (name, *config.columns):
             if column not in schema.names:
                 raise SchemaError(
@@ -170,10 +174,15 @@ def vector_columns(
             found.append(VectorColumn(name, field_.type, zero_is_bad=zero_is_bad))
             continue
         checked = None if check is None else functools.partial(check, name, own)
-        template = None if own.template is None else parse(own.template)
         found.append(
             VectorColumn(
-                name, field_.type, own.function, own.source_column, zero_is_bad, checked, template
+                name,
+                field_.type,
+                function=own.function,
+                source=own.source_column,
+                zero_is_bad=zero_is_bad,
+                check=checked,
+                template=templates.get(name),
             )
         )
     return found
