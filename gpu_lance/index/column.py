@@ -16,7 +16,7 @@ from gpu_lance.device import check_threads
 from gpu_lance.index.base import SearchResult
 from gpu_lance.index.budget import Budget
 from gpu_lance.index.exact import ExactSearch, check_k
-from gpu_lance.index.follow import Follower, Following, stored_dtype
+from gpu_lance.index.follow import Follower, Following
 from gpu_lance.index.planner import Planner
 from gpu_lance.index.read import read_blocks
 from gpu_lance.index.snapshot import Mask, Snapshot
@@ -71,6 +71,37 @@ class FollowingIndex(ABC, Generic[Sn]):
     @abstractmethod
     def _engine(self) -> dict[str, Any]:
         """``engine`` and ``reason``."""
+
+    def _answer(
+        self,
+        dataset: lance.LanceDataset,
+        k: int,
+        where: str | None,
+        pad: bool,
+        held: Callable[[Sn, Mask | None, bool, int], SearchResult],
+        streamed: Callable[[], tuple[SearchResult, int]],
+    ) -> SearchResult:
+        """Search the dataset's version, as it is held or as it is read.
+
+        Parameters
+        ----------
+        held : callable
+            Searches a snapshot, given which rows are allowed, whether they are held narrower than
+            they are stored, and a k that is no larger than makes sense.
+        streamed : callable
+            Searches what is read from Lance; gives how many rows that were, too.
+        """
+        check_threads()
+        mark = Mark.of(dataset, self.column)
+        snapshot = self._follower.at(dataset, mark)
+        if snapshot is None:
+            found, self._scanned = streamed()
+        else:
+            allowed = None if where is None else self._allowed(dataset, mark, snapshot, where)
+            qualify = self._scanned = snapshot.num_live if allowed is None else allowed.count
+            narrowed = snapshot.dtype.itemsize < self._follower.dtype(dataset).itemsize
+            found = held(snapshot, allowed, narrowed, min(k, max(1, qualify)))
+        return found.padded(k) if pad else found
 
     def _allowed(self, dataset: lance.LanceDataset, mark: Mark, snapshot: Sn, where: str) -> Mask:
         """The rows that meet a condition."""
@@ -236,49 +267,31 @@ class ColumnIndex(FollowingIndex[Snapshot]):
             If the device has no memory for what was planned.
         """
         metric = Metric.parse(metric)
-        check_threads()
         check_k(k)
-        mark = Mark.of(dataset, self.column)
-        snapshot = self._follower.at(dataset, mark)
         worker = Worker.of(self.device)
-        if snapshot is None:
-            found = self._streamed(dataset, worker, queries, k, metric, where, lower, upper)
-            return found.padded(k) if pad else found
-        allowed = None if where is None else self._allowed(dataset, mark, snapshot, where)
-        qualify = self._scanned = snapshot.num_live if allowed is None else allowed.count
-        stored = None
-        if snapshot.dtype.itemsize < stored_dtype(dataset, self.column, self.ndims).itemsize:
-            stored = lookup(dataset, self.column, snapshot)
-        exact = ExactSearch(snapshot, metric, self._planner, stored)
 
-        def run(some: torch.Tensor, k: int) -> SearchResult:
-            return exact.search(some, k, allowed=allowed, lower=lower, upper=upper)
+        def held(snapshot: Snapshot, allowed: Mask | None, narrowed: bool, k: int) -> SearchResult:
+            stored = lookup(dataset, self.column, snapshot) if narrowed else None
+            exact = ExactSearch(snapshot, metric, self._planner, stored)
 
-        key = (id(snapshot), metric, None if allowed is None else id(allowed), lower, upper)
-        found = worker.search(key, queries, min(k, max(1, qualify)), run)
-        return found.padded(k) if pad else found
+            def run(some: torch.Tensor, k: int) -> SearchResult:
+                return exact.search(some, k, allowed=allowed, lower=lower, upper=upper)
 
-    def _streamed(
-        self,
-        dataset: lance.LanceDataset,
-        worker: Worker,
-        queries: torch.Tensor,
-        k: int,
-        metric: Metric,
-        where: str | None,
-        lower: float | None,
-        upper: float | None,
-    ) -> SearchResult:
-        def run(
-            search: Callable[[torch.Tensor, int], SearchResult], some: torch.Tensor, k: int
-        ) -> SearchResult:
-            return worker.search(id(search), some, k, search)
+            key = (id(snapshot), metric, None if allowed is None else id(allowed), lower, upper)
+            return worker.search(key, queries, k, run)
 
-        blocks = read_blocks(dataset, self.column, self.ndims, where=where)
-        result, self._scanned = stream(
-            blocks, self.ndims, metric, self._planner, self.device, queries, k, lower, upper, run
-        )
-        return result
+        def streamed() -> tuple[SearchResult, int]:
+            def run(
+                search: Callable[[torch.Tensor, int], SearchResult], some: torch.Tensor, k: int
+            ) -> SearchResult:
+                return worker.search(id(search), some, k, search)
+
+            return stream(
+                read_blocks(dataset, self.column, self.ndims, where=where), self.ndims, metric,
+                self._planner, self.device, queries, k, lower, upper, run,
+            )  # fmt: skip
+
+        return self._answer(dataset, k, where, pad, held, streamed)
 
     def append(
         self,

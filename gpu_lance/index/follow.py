@@ -394,7 +394,7 @@ class Follower(Following[Snapshot]):
 
     def dtype(self, dataset: lance.LanceDataset) -> np.dtype:
         """See :meth:`Following.dtype`."""
-        return stored_dtype(dataset, self.column, self.ndims)
+        return np.dtype(f"f{check_column(dataset, self.column, self.ndims)}")
 
     def _expected(self, dataset: lance.LanceDataset, exactly: bool) -> int:
         return dataset.count_rows()
@@ -420,8 +420,3 @@ class Follower(Following[Snapshot]):
             store.add(vectors, row_ids, version, valid)
 
         self._append(before, dataset, len(row_ids), len(row_ids), add)
-
-
-def stored_dtype(dataset: lance.LanceDataset, column: str, ndims: int) -> np.dtype:
-    """Of a vector column's values: float16, float32 or float64; SchemaError for another column."""
-    return np.dtype(f"f{check_column(dataset, column, ndims)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from gpu_lance.device import check_threads
 from gpu_lance.index.base import SearchResult
 from gpu_lance.index.budget import Budget
 from gpu_lance.index.column import FollowingIndex
+from gpu_lance.index.exact import check_k
 from gpu_lance.index.multi_follow import MultiFollower
 from gpu_lance.index.multi_read import read_documents
 from gpu_lance.index.multi_search import MultiSearch, checked
@@ -18,7 +19,6 @@ from gpu_lance.index.multi_store import MultiSnapshot, MultiStore
 from gpu_lance.index.multi_stream import lookup, stored
 from gpu_lance.index.snapshot import Mask
 from gpu_lance.index.stream import merged, pieces
-from gpu_lance.index.sync import Mark
 from gpu_lance.index.worker import Worker
 from gpu_lance.types import Metric
 
@@ -76,23 +76,15 @@ class MultiColumnIndex(FollowingIndex[MultiSnapshot]):
     ) -> SearchResult:
         """The `k` nearest rows of each query in the dataset's version.
 
+        See :meth:`gpu_lance.index.column.ColumnIndex.search` for the other parameters, and for
+        what it raises.
+
         Parameters
         ----------
-        dataset : lance.LanceDataset
-            At the version to search.
         queries : torch.Tensor
             (t, d), finite, preferably on the index's device.
         offsets : numpy.ndarray
             (m + 1,) integers from 0 to t: query i has the vectors offsets[i] to offsets[i + 1].
-        k : int
-            At least 1.
-        metric : Metric
-        where : str, optional
-            An SQL condition; only rows that meet it are searched.
-        lower, upper : float, optional
-            Only rows with lower <= distance < upper count.
-        pad : bool
-            False leaves the result with fewer columns than `k` where fewer rows are searched.
 
         Returns
         -------
@@ -102,61 +94,40 @@ class MultiColumnIndex(FollowingIndex[MultiSnapshot]):
         Raises
         ------
         QueryError
-            If the condition, k, the vectors' length or the offsets are wrong, a query has no
-            vector, or the result is too large.
-        BadVectorError
-            If a query holds NaN or infinity.
-        IndexBackendError
-            If the device has no memory for what was planned.
+            Also if the offsets do not fit, or a query has no vector.
         """
         metric = Metric.parse(metric)
-        check_threads()
-        raw, bounds = checked(queries, offsets, k, self.ndims, self.device)
-        mark = Mark.of(dataset, self.column)
-        snapshot = self._follower.at(dataset, mark)
+        check_k(k)
         worker = Worker.of(self.device)
 
         def run(search: MultiSearch, k: int, allowed: Mask | None = None) -> SearchResult:
             def one(some: torch.Tensor, k: int) -> SearchResult:
-                return search.search(some, bounds, k, allowed=allowed, lower=lower, upper=upper)
+                return search.search(some, offsets, k, allowed=allowed, lower=lower, upper=upper)
 
             # a key of its own: what comes back has other rows than what is given
-            return worker.search(object(), raw, k, one)
+            return worker.search(object(), queries, k, one)
 
-        if snapshot is None:
-            found = self._streamed(dataset, run, len(bounds) - 1, k, metric, where)
-            return found.padded(k) if pad else found
-        allowed = None if where is None else self._allowed(dataset, mark, snapshot, where)
-        qualify = self._scanned = snapshot.num_live if allowed is None else allowed.count
-        values = None
-        if snapshot.dtype.itemsize < self._follower.dtype(dataset).itemsize:
-            values = lookup(dataset, self.column, snapshot)
-        found = run(MultiSearch(snapshot, metric, values), min(k, max(1, qualify)), allowed)
-        return found.padded(k) if pad else found
+        def held(
+            snapshot: MultiSnapshot, allowed: Mask | None, narrowed: bool, k: int
+        ) -> SearchResult:
+            values = lookup(dataset, self.column, snapshot) if narrowed else None
+            return run(MultiSearch(snapshot, metric, values), k, allowed)
 
-    def _streamed(
-        self,
-        dataset: lance.LanceDataset,
-        run: Callable[[MultiSearch, int], SearchResult],
-        m: int,
-        k: int,
-        metric: Metric,
-        where: str | None,
-    ) -> SearchResult:
         def make(dtype: torch.dtype) -> MultiStore:
             return MultiStore(self.ndims, dtype, self.device)
 
         def parts() -> Iterator[tuple[int, SearchResult]]:
             blocks = read_documents(dataset, self.column, self.ndims, where=where)
             for snapshot, wide in pieces(blocks, make):
-                rows, search = (
-                    snapshot.num_live,
-                    MultiSearch(snapshot, metric, stored(snapshot, wide)),
-                )
+                search = MultiSearch(snapshot, metric, stored(snapshot, wide))
+                rows = snapshot.num_live
                 yield rows, run(search, min(k, max(1, rows)))
 
-        result, self._scanned = merged(parts(), m, k)
-        return result
+        def streamed() -> tuple[SearchResult, int]:
+            _, bounds = checked(queries, offsets, k, self.ndims, self.device)
+            return merged(parts(), len(bounds) - 1, k)
+
+        return self._answer(dataset, k, where, pad, held, streamed)
 
     def append(
         self,
