@@ -6,19 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from search_model import tree_sum
 
 METRICS = ("l2", "cosine", "dot")
-
-
-def tree_sum(values: np.ndarray) -> np.ndarray:
-    """Sum over the last axis by halving."""
-    values = values.copy()
-    width = values.shape[-1]
-    while width > 1:
-        half = (width + 1) // 2
-        values[..., : width - half] += values[..., half:width]
-        width = half
-    return values[..., 0]
 
 
 def distance(metric: str, query: np.ndarray, document: np.ndarray | None) -> np.float32:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from lance.fragment import write_fragments
 
-sys.path.insert(0, str(Path(__file__).parent))  # for the model beside this file
+sys.path.insert(0, str(Path(__file__).parent))  # for what is beside this file
+from index_changes import changes, merged
 from multi_model import METRICS, distance, nearest, ragged, some_documents
 
 from gpu_lance.errors import BadVectorError, IndexBackendError, QueryError, SchemaError
@@ -139,60 +137,7 @@ def test_empty_tables_and_tables_of_nothing(index: MultiColumnIndex, path: str) 
     assert kind(index) == "delta"
 
 
-def merge_by_hand(path: str) -> None:
-    """Commit, as adding a column would be, other data files under the same column."""
-    dataset = lance.dataset(path)
-    fragments = []
-    for fragment in dataset.get_fragments():
-        old = fragment.metadata
-        (new,) = write_fragments(rows(0, old.physical_rows, seed=55), path)
-        fragments.append(dataclasses.replace(old, files=new.files))
-    operation = lance.LanceOperation.Merge(fragments, dataset.lance_schema)
-    lance.LanceDataset.commit(path, operation, read_version=dataset.version)
-
-
-def merged(ds: lance.LanceDataset, data: pa.Table) -> None:
-    ds.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(data)
-
-
-def restored(ds: lance.LanceDataset, path: str) -> None:
-    ds.delete("id < 99")
-    lance.dataset(path, version=1).restore()
-
-
-def cleaned(ds: lance.LanceDataset, path: str) -> None:
-    ds.delete("id < 9")
-    ds.delete("id < 12")
-    lance.dataset(path).cleanup_old_versions(older_than=timedelta(0))
-
-
-CHANGES: dict[str, tuple[str, Callable[[lance.LanceDataset, str], Any]]] = {
-    "append": ("delta", lambda ds, p: lance.write_dataset(rows(300, 350), p, mode="append")),
-    "delete": ("delta", lambda ds, p: ds.delete("id % 5 = 0")),
-    "delete most": ("delta", lambda ds, p: ds.delete("id > 10")),
-    "delete all": ("delta", lambda ds, p: ds.delete("true")),
-    "update": ("delta", lambda ds, p: ds.update({"word": "'new'"}, where="id < 9")),
-    "vectors to null": ("delta", lambda ds, p: ds.update({"vectors": "NULL"}, where="id < 30")),
-    "merge": ("delta", lambda ds, p: merged(ds, rows(150, 260, seed=5))),
-    "merge some columns": (
-        "delta",
-        lambda ds, p: (
-            ds.merge_insert("id")
-            .when_matched_update_all()
-            .execute(rows(10, 20, seed=6).select(["id", "vectors"]))
-        ),
-    ),
-    "compact": ("delta", lambda ds, p: ds.optimize.compact_files()),
-    "scalar index": ("unchanged", lambda ds, p: ds.create_scalar_index("id", "BTREE")),
-    "add column": ("unchanged", lambda ds, p: ds.add_columns({"twice": "id * 2"})),
-    "another file under the column": ("rebuild", lambda ds, p: merge_by_hand(p)),
-    "overwrite": (
-        "rebuild",
-        lambda ds, p: lance.write_dataset(rows(0, 90, seed=8), p, mode="overwrite"),
-    ),
-    "restore": ("difference", restored),
-    "cleaned up": ("difference", cleaned),
-}
+CHANGES = changes(rows, "vectors")
 
 
 @pytest.mark.parametrize("name", CHANGES)

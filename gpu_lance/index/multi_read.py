@@ -34,7 +34,9 @@ MOST_ROWS = 8192  # of a block, however short documents are
 
 @dataclass(frozen=True)
 class Documents(Block):
-    """Some rows of a multivector column: a block with vectors (t, d) of n documents.
+    """Some rows of a multivector column: a block with the vectors (t, d) of n documents.
+
+    One is not valid where the document, a vector or a value of it is null.
 
     Parameters
     ----------
