@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import lance
 import lancedb
 import numpy as np
 import pyarrow as pa
+import search_model as model
 from hypothesis.stateful import RuleBasedStateMachine
+from search_model import KEY, TAG, TAGS, VECTOR, Condition, Row, Search, Version
 
 import gpu_lance
 from gpu_lance.pydantic import LanceModel, Vector
-
-sys.path.insert(0, str(Path(__file__).parent))  # for the model beside this file
-import search_model as model
-from search_model import KEY, TAG, TAGS, VECTOR, Condition, Row, Search, Version
 
 NAME = "t"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,8 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # for what is beside this file
 from index_changes import changes
 
 from gpu_lance.errors import BadVectorError, IndexBackendError, QueryError, SchemaError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # for what is beside this file
 from index_changes import changes, merged
 from multi_model import METRICS, distance, nearest, ragged, some_documents
 

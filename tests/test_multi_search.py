@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import tracemalloc
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # for the model beside this file
 from multi_model import METRICS, nearest, ragged, some_documents
 
 from gpu_lance.errors import BadVectorError, QueryError

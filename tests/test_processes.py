@@ -16,11 +16,9 @@ from pathlib import Path
 import lance
 import numpy as np
 import pytest
+from process_workers import NAME, NUMBERS, SCHEMA, vectors
 
 import gpu_lance
-
-sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this file
-from process_workers import NAME, NUMBERS, SCHEMA, vectors
 
 WORKERS = Path(__file__).with_name("process_workers.py")
 SOAK_SECONDS = float(os.environ.get("GPU_LANCE_SOAK_SECONDS", "600"))

@@ -8,23 +8,19 @@ both is tests/table_machine.py.
 from __future__ import annotations
 
 import math
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import lance
 import lancedb
 import numpy as np
 import pytest
+import search_model as model
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
-
-sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside this file
-import search_model as model
 from search_model import CONDITIONS, KEY, TAG, VECTOR, Condition, Search, Version
 from table_machine import NAME, TableUnderTest, Variant
 

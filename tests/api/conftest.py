@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from api_server import KEY, ApiServer
 
 from gpu_lance.embeddings import retries
 from gpu_lance.embeddings.api_connection import CONNECTIONS, _named
-
-sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this file
-from api_server import KEY, ApiServer
 
 
 @pytest.fixture

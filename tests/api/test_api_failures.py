@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from api_server import Answer, body_of, cohere_body, make, openai_body, refusal, vector_of
 
 from gpu_lance.embeddings import get_registry
 from gpu_lance.embeddings.api_function import ApiEmbeddingFunction
@@ -23,9 +22,6 @@ from gpu_lance.errors import (
     EmbeddingError,
     MissingKeyError,
 )
-
-sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this file
-from api_server import Answer, body_of, cohere_body, make, openai_body, refusal, vector_of
 
 PROVIDERS = pytest.mark.parametrize("provider", ["openai", "cohere"])
 TEXTS = [f"text {i}" for i in range(40)]

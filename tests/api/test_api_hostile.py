@@ -8,17 +8,14 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from api_server import Answer, body_of, make, openai_body, refusal, vector_of
 
 from gpu_lance.embeddings import api_http, get_registry
 from gpu_lance.errors import ApiConnectionError, ApiError
-
-sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this file
-from api_server import Answer, body_of, make, openai_body, refusal, vector_of
 
 PROVIDERS = pytest.mark.parametrize("provider", ["openai", "cohere"])
 TEXTS = [f"text {i}" for i in range(40)]

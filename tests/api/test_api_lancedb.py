@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import cohere
@@ -14,15 +12,13 @@ import lancedb.pydantic
 import numpy as np
 import pyarrow as pa
 import pytest
+from api_server import Answer, vector_of
 
 import gpu_lance
 import gpu_lance.pydantic
 from gpu_lance.embeddings import get_registry
 from gpu_lance.embeddings.api_connection import _named
 from gpu_lance.errors import BadInputError, FingerprintError
-
-sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this file
-from api_server import Answer, vector_of
 
 THEIRS = lancedb.embeddings.get_registry()
 SESSION: dict[str, Any] = {

@@ -9,20 +9,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from api_server import make
 
 from gpu_lance.embeddings import get_registry, retries
 from gpu_lance.embeddings.api_answers import BadAnswer, WrongLength, in_order, to_matrix
 from gpu_lance.embeddings.api_calls import count_tokens, divide
 from gpu_lance.embeddings.api_connection import CONNECTIONS, KEPT
 from gpu_lance.embeddings.throttle import Stopped, Throttle
-
-sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this file
-from api_server import make
 
 TEXTS = [f"text {i}" for i in range(40)]
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from api_server import KEY, Answer, refusal
 
 import gpu_lance
 from gpu_lance.embeddings import calls, get_registry
@@ -27,9 +28,6 @@ from gpu_lance.errors import (
     UnknownVariableError,
 )
 from gpu_lance.pydantic import LanceModel, Vector
-
-sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this file
-from api_server import KEY, Answer, refusal
 
 PROVIDERS = pytest.mark.parametrize("provider", ["openai", "cohere"])
 HEADER = "header-secret-9876543210"

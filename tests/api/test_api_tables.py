@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import random
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from api_server import Answer, make, refusal, vector_of
 
 import gpu_lance
 from gpu_lance.embeddings import get_registry
 from gpu_lance.errors import BadInputError
 from gpu_lance.pydantic import LanceModel, Vector
-
-sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this file
-from api_server import Answer, make, refusal, vector_of
 
 
 def table_of(function: Any, folder: Path) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
+import colbert_checkpoints as made
 import numpy as np
 import pytest
 import torch
+from colbert_checkpoints import ID, TEXTS, Formula, cosines, maxsim
 
 from gpu_lance.embeddings import get_registry
 from gpu_lance.embeddings.colbert import ColbertEmbeddings
@@ -16,10 +17,6 @@ from gpu_lance.embeddings.late_interaction import OwnLateInteraction, PackedLate
 from gpu_lance.embeddings.loading import MODELS
 from gpu_lance.errors import BadInputError, EmbeddingError
 from gpu_lance.types import Side
-
-sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this file
-import colbert_checkpoints as made
-from colbert_checkpoints import ID, TEXTS, Formula, cosines, maxsim
 
 
 @pytest.fixture(scope="module")

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
+import colbert_checkpoints as made
 import pytest
 import torch
+from colbert_checkpoints import ID, TEXTS, cosines
 from safetensors.torch import load_file, save_file
+from strangers import Bomb, edit, plant
 
 from gpu_lance.embeddings.colbert import ColbertEmbeddings
 from gpu_lance.errors import EmbeddingError, UntrustedModelError
 from gpu_lance.types import Side
-
-sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside this file
-import colbert_checkpoints as made
-from colbert_checkpoints import ID, TEXTS, cosines
-from strangers import Bomb, edit, plant
 
 
 @pytest.fixture(scope="module")

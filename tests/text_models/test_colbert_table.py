@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
+import colbert_checkpoints as made
 import lancedb
 import lancedb.embeddings
 import lancedb.pydantic
 import numpy as np
 import pytest
+from colbert_checkpoints import TEXTS, Formula, cosines, maxsim
 
 import gpu_lance
 from gpu_lance.embeddings import get_registry
 from gpu_lance.errors import FingerprintError, SchemaError
 from gpu_lance.pydantic import LanceModel, MultiVector, Vector
-
-sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this file
-import colbert_checkpoints as made
-from colbert_checkpoints import TEXTS, Formula, cosines, maxsim
 
 
 @pytest.fixture(scope="module")

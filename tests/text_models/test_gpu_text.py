@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
+import colbert_checkpoints
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -18,9 +18,6 @@ from gpu_lance.embeddings.huggingface import TransformersEmbeddingFunction
 from gpu_lance.embeddings.loading import MODELS
 from gpu_lance.pydantic import LanceModel, MultiVector, Vector
 from gpu_lance.types import Side
-
-sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this file
-import colbert_checkpoints
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu

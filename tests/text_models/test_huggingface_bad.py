@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
+from strangers import edit
 
 from gpu_lance.embeddings import get_registry
 from gpu_lance.embeddings.huggingface import TransformersEmbeddingFunction
 from gpu_lance.embeddings.locate import locate
 from gpu_lance.embeddings.sentence_transformers import SentenceTransformerEmbeddings
 from gpu_lance.errors import BadInputError, EmbeddingError
-
-sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this file
-from strangers import edit
 
 
 @pytest.fixture

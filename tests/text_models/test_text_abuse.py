@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
+import colbert_checkpoints as late
 import numpy as np
 import pytest
 
@@ -18,9 +18,6 @@ from gpu_lance.embeddings.plain_models import OwnForward
 from gpu_lance.embeddings.sentence_transformers import SentenceTransformerEmbeddings
 from gpu_lance.embeddings.tokens import Tokens
 from gpu_lance.errors import EmbeddingError, ModelNotFoundError
-
-sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this file
-import colbert_checkpoints as late
 
 torch = pytest.importorskip("torch")
 

@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from strangers import SOURCE, Bomb, edit, plant
 
 from gpu_lance.embeddings import get_registry
 from gpu_lance.embeddings.huggingface import TransformersEmbeddingFunction
 from gpu_lance.embeddings.sentence_transformers import SentenceTransformerEmbeddings
 from gpu_lance.errors import EmbeddingError, ModelNotFoundError, UntrustedModelError
-
-sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this file
-from strangers import SOURCE, Bomb, edit, plant
 
 PROVIDERS = {
     "huggingface": TransformersEmbeddingFunction,
