@@ -41,7 +41,7 @@ def opened(folder: Path) -> Any:
     ("uri", "error", "message"),
     [
         ("", ValueError, "empty path"),
-        (5, TypeError, "str or a Path, got a int"),
+        (5, TypeError, "str or a Path, got an int"),
         (b"here", TypeError, "got a bytes"),
         ("a\0b", ValueError, "NUL"),
         ("a\ud800b", ValueError, "no path"),
