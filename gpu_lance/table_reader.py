@@ -276,14 +276,16 @@ class TableReader:
                 f"Column {column!r} has no embedding function, so a search needs a vector; pass "
                 f"one, or make the table with a function for that column."
             )
-        self._check_fingerprint(schema, column, config)
+        state = self._check_fingerprint(schema, column, config)
         kind = schema.field(column).type
         ndims, multi = vector_length(kind), is_multivector_type(kind)
         assert ndims is not None
         function = calls.suited(config.function, ndims, multi)
         device = self._indexes.device
         with noted("a query", column, function):
-            made = query_cache.embed(function, items, ndims=ndims, device=device, multi=multi)
+            made = query_cache.embed(
+                function, items, ndims=ndims, device=device, multi=multi, state=state
+            )
         if not made.valid.all():
             i = int((~made.valid).nonzero()[0][0])
             raise BadInputError(
@@ -302,20 +304,21 @@ class TableReader:
 
     def _check_fingerprint(
         self, schema: pa.Schema, column: str, config: EmbeddingFunctionConfig
-    ) -> None:
+    ) -> Hashable:
+        """Refuse another model than the column's; the function's state, if it was asked for."""
         metadata = schema.metadata or {}
-        stored = fingerprint.read(metadata).get(column)
-        if stored is None:
-            return
+        written = metadata.get(fingerprint.METADATA_KEY)
+        if written is None:
+            return None
         # a model that was saved anew to its folder is another one
         state = config.function.query_state()
-        key = (column, metadata.get(fingerprint.METADATA_KEY), functions_key(schema), state)
-        if key in self._checked:
-            return
-        actual = fingerprint.of(config.function)
-        if actual is not None:
+        key = (column, written, functions_key(schema), state)
+        if key not in self._checked:
+            stored = fingerprint.read(metadata).get(column)
+            actual = None if stored is None else fingerprint.of(config.function)
             fingerprint.check(column, stored, actual)
-        self._checked.add(key)
+            self._checked.add(key)
+        return state
 
 
 def functions_key(schema: pa.Schema) -> bytes | None:

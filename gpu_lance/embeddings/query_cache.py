@@ -98,6 +98,7 @@ def embed(
     ndims: int,
     device: torch.device,
     multi: bool = False,
+    state: Hashable = None,
 ) -> Embeddings:
     """Embed queries as :func:`gpu_lance.embeddings.calls.embed` does, each text once.
 
@@ -108,6 +109,8 @@ def embed(
     ----------
     function, items, ndims, device, multi
         As there.
+    state : hashable, optional
+        What ``function.query_state()`` said just now; None asks it.
 
     Returns
     -------
@@ -133,7 +136,7 @@ def embed(
     ['ccc']
     [[2.0], [3.0]]
     """
-    scope = _scope(function, ndims, device, multi) if len(items) else None
+    scope = _scope(function, ndims, device, multi, state) if len(items) else None
     if scope is None:
         return calls.embed(function, items, Side.QUERY, ndims=ndims, device=device, multi=multi)
     different, places = _different(items)
@@ -155,14 +158,14 @@ def embed(
 
 
 def _scope(
-    function: EmbeddingFunction, ndims: int, device: torch.device, multi: bool
+    function: EmbeddingFunction, ndims: int, device: torch.device, multi: bool, state: Hashable
 ) -> Hashable | None:
     """What decides the vector of a text besides the text; None if nothing is to be remembered."""
     cls = type(function)
     if not vars(cls).get("cache_queries", False):
         return None
     try:
-        state = function.query_state()
+        state = function.query_state() if state is None else state
     except (GpuLanceError, OSError):
         return None  # embedding says what is wrong
     return (cls, function._comparison_key(), state, ndims, str(device), multi)

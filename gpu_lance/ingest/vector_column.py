@@ -60,7 +60,7 @@ class VectorColumn:
     function: EmbeddingFunction | None = None
     source: str | None = None
     zero_is_bad: bool = False
-    check: Callable[[], None] | None = None
+    check: Callable[[], object] | None = None
     template: Template | None = None
 
     @property
@@ -126,7 +126,7 @@ def vector_columns(
     schema: pa.Schema,
     functions: Mapping[str, EmbeddingFunctionConfig],
     cosine: frozenset[str] = frozenset(),
-    check: Callable[[str, EmbeddingFunctionConfig], None] | None = None,
+    check: Callable[[str, EmbeddingFunctionConfig], object] | None = None,
 ) -> list[VectorColumn]:
     """The vector columns of a schema, with the function and source column of each.
 
