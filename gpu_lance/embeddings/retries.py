@@ -24,48 +24,21 @@ _TRANSIENT_STATUS = frozenset({408, 409, 429})
 # By name, so that no client library is imported: requests, httpx, httpx2, urllib3, aiohttp,
 # botocore, openai, cohere, google.
 _TRANSIENT_NAMES = frozenset(
-    [
-        "APIConnectionError",
-        "APITimeoutError",
-        "ChunkedEncodingError",
-        "ClientConnectionError",
-        "ConnectError",
-        "ConnectTimeout",
-        "ConnectTimeoutError",
-        "ConnectionClosedError",
-        "ConnectionError",
-        "DecodingError",
-        "EndpointConnectionError",
-        "IncompleteRead",
-        "InternalServerError",
-        "NetworkError",
-        "PoolTimeout",
-        "ProtocolError",
-        "RateLimitError",
-        "ReadError",
-        "ReadTimeout",
-        "ReadTimeoutError",
-        "RemoteProtocolError",
-        "ResourceExhausted",
-        "ServerDisconnectedError",
-        "ServerTimeoutError",
-        "ServiceUnavailable",
-        "Timeout",
-        "TimeoutException",
-        "TransportError",
-        "WriteError",
-        "WriteTimeout",
-    ]
+    """
+        APIConnectionError APITimeoutError ChunkedEncodingError ClientConnectionError
+        ConnectError ConnectTimeout ConnectTimeoutError ConnectionClosedError ConnectionError
+        DecodingError EndpointConnectionError IncompleteRead InternalServerError NetworkError
+        PoolTimeout ProtocolError RateLimitError ReadError ReadTimeout ReadTimeoutError
+        RemoteProtocolError ResourceExhausted ServerDisconnectedError ServerTimeoutError
+        ServiceUnavailable Timeout TimeoutException TransportError WriteError WriteTimeout
+    """.split()
 )
 # Errors that derive from a connection error and yet cannot be cured by waiting.
 _PERMANENT_NAMES = frozenset(
-    [
-        "AuthenticationError",
-        "OfflineModeIsEnabled",
-        "SSLCertVerificationError",
-        "SSLError",
-        "UnsupportedProtocol",
-    ]
+    """
+        AuthenticationError OfflineModeIsEnabled SSLCertVerificationError SSLError
+        UnsupportedProtocol
+    """.split()
 )
 _PERMANENT_TYPES = (
     ValueError,
